@@ -1,0 +1,154 @@
+"""Settings of a master and of a worker, read once from flags, environment and file, then passed down frozen.
+
+Precedence: a flag, then `SHARDWRIGHT_<NAME>` in the environment, then the file `shardwright.toml` (tables
+`[master]` and `[worker]`), then the default here. Nothing below this module reads the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from shardwright.errors import ConfigError
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+DEFAULT_PORT = 50051
+DEFAULT_MODEL = "google/gemma-2b"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def default_cache_dir() -> Path:
+    """Where models and tensors are kept unless told otherwise."""
+    return Path("~/.cache/shardwright").expanduser()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """How one worker runs."""
+
+    host: str = "0.0.0.0"  # noqa: S104  workers are reached over the network: that is what they are for
+    port: int = DEFAULT_PORT
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    threads: int = 0  # 0: every core that this process may use
+    memory_bytes: int = 0  # most for weights and KV; 0: what the device has free
+    cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
+    cache_limit_bytes: int = 50 * GIB
+    max_frame_bytes: int = 256 * MIB  # largest tensor that a peer may send
+
+    def __post_init__(self) -> None:
+        _check_range("port", self.port, 0, 65535)
+        _check_range("threads", self.threads, 0, 1024)
+        _check_range("memory_bytes", self.memory_bytes, 0, None)
+        _check_range("cache_limit_bytes", self.cache_limit_bytes, 0, None)
+        _check_range("max_frame_bytes", self.max_frame_bytes, 1, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MasterConfig:
+    """How one master runs."""
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "auto"
+    registry: Path = Path("workers.json")
+    metrics: Path = Path("metrics.json")
+    metrics_interval_s: float = 5.0
+    cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
+    block_size: int = 16
+    token_budget: int = 512  # most tokens that one step computes
+    max_running: int = 64  # most sequences that hold KV blocks
+    kv_tokens: int = 65536  # most KV positions, whatever memory there is
+    steps_in_flight: int = 0  # 0: chosen from measurements
+    prefix_cache: bool = True
+    connect_timeout_s: float = 10.0
+    heartbeat_interval_s: float = 1.0
+    heartbeat_timeout_s: float = 10.0
+    max_frame_bytes: int = 256 * MIB
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        _check_range("block_size", self.block_size, 1, 1024)
+        _check_range("token_budget", self.token_budget, 1, 1 << 20)
+        _check_range("max_running", self.max_running, 1, 1 << 16)
+        _check_range("kv_tokens", self.kv_tokens, self.block_size, None)
+        _check_range("steps_in_flight", self.steps_in_flight, 0, 1024)
+        for name in ("metrics_interval_s", "connect_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{name} is {value}; it must be {bound}")
+
+
+Config = TypeVar("Config", bound=MasterConfig | WorkerConfig)
+
+
+def read_config(
+    kind: type[Config],
+    *,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+) -> Config:
+    """Merge flags (None: not given), environment and file into one frozen config.
+
+    Raises `ConfigError` for a value of the wrong type or range, for an unknown key in the file, and for a file
+    that was named but can't be read.
+    """
+    table = "master" if kind is MasterConfig else "worker"
+    hints = get_type_hints(kind)
+    values: dict[str, object] = {}
+    if file is not None:
+        for name, value in _read_table(file, table).items():
+            if name not in hints:
+                raise ConfigError(f"{file}: [{table}] has no setting {name!r}; known: {', '.join(sorted(hints))}")
+            values[name] = _convert(value, hints[name], f"{file}: {table}.{name}")
+    for name, hint in hints.items():
+        variable = f"SHARDWRIGHT_{name.upper()}"
+        if variable in environ:
+            values[name] = _convert(environ[variable], hint, variable)
+    values |= {name: _convert(value, hints[name], name) for name, value in flags.items() if value is not None}
+    return kind(**values)  # type: ignore[arg-type]
+
+
+def _read_table(file: Path, table: str) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            content = tomllib.load(stream)
+    except OSError as exc:
+        raise ConfigError(f"{file}: can't be read: {exc.strerror}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{file}: not valid TOML: {exc}") from exc
+    section: object = content.get(table, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: {table} must be a table")
+    return section
+
+
+def _convert(value: object, hint: object, where: str) -> object:
+    """Turn text or a TOML value into the field's type; the message names `where` the value came from."""
+    kind = hint if isinstance(hint, type) else get_args(hint)[0]
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            return words[str(value).lower()]
+        if kind is Path:
+            return Path(str(value)).expanduser()
+        if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return kind(value)
+        if kind is str and isinstance(value, str):
+            return value
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{where} is {value!r}; it must be a {kind.__name__}")

@@ -1,0 +1,1 @@
+"""Compute: a slice of a transformers model with paged attention."""

@@ -1,0 +1,1 @@
+"""Shells: what connects the pure core to sockets, threads, files and the compute."""

@@ -1,0 +1,316 @@
+"""The nouns that every room shares: ids, layer ranges, steps, assignments, weights, reports.
+
+Everything here is a frozen value made of plain Python data: no tensors, no sockets, no clock. Times are
+seconds as floats, sizes are bytes, rates are bytes or operations per second.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from shardwright.errors import InvalidRequestError
+
+WorkerId: TypeAlias = str
+SeqId: TypeAlias = int
+StepId: TypeAlias = int
+Epoch: TypeAlias = int
+BlockId: TypeAlias = int
+TokenId: TypeAlias = int
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a message changes its meaning; master and workers must agree on it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerRange:
+    """The decoder layers `start` (inclusive) to `end` (exclusive); a stage's share of the model."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start < self.end, f"not a layer range: [{self.start}, {self.end})"
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, layer: int) -> bool:
+        return self.start <= layer < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end - 1}"
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the value is what clients see."""
+
+    STOP = "stop"  # the model gave an end token or a stop token
+    LENGTH = "length"  # max_new_tokens or the model's context is used up
+    ABORT = "abort"  # the client gave up
+    ERROR = "error"  # the request can't be served, or the cluster failed under it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the last stage picks a token from one row of logits.
+
+    Temperature 0 is greedy. The choice depends on the logits, these values and the token's position alone,
+    never on the batch: the random number for position p is a function of (seed, p).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise InvalidRequestError(f"temperature is {self.temperature}; it must lie between 0 and 100")
+        if self.top_k < 0:
+            raise InvalidRequestError(f"top_k is {self.top_k}; it must be 0 (no limit) or above")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidRequestError(f"seed is {self.seed}; it must lie between 0 and 2^64 - 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopConditions:
+    """When a sequence ends by itself. Known to the master alone."""
+
+    max_new_tokens: int
+    stop_token_ids: frozenset[TokenId] = frozenset()  # end-of-sequence ids are among them unless ignored
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidRequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSlice:
+    """The part of one sequence that a step computes.
+
+    `token_ids` are the tokens at positions `start_position` to `start_position + len(token_ids) - 1`;
+    `block_table` names the blocks of positions 0 to the last of these. `sampling` is set when the last of
+    these tokens is the sequence's last known one, so that its logits give the next token.
+    """
+
+    seq_id: SeqId
+    start_position: int
+    token_ids: tuple[TokenId, ...]
+    block_table: tuple[BlockId, ...]
+    sampling: SamplingParams | None
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of this sequence in the step."""
+        return len(self.token_ids)
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the last of these tokens attends to, itself included."""
+        return self.start_position + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One step as it travels through all stages: a ragged batch of sequence slices, in a fixed order."""
+
+    epoch: Epoch
+    step: StepId
+    slices: tuple[SequenceSlice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step's activation."""
+        return sum(s.num_tokens for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOut:
+    """A token that the last stage picked for a sequence."""
+
+    seq_id: SeqId
+    token_id: TokenId
+    logprob: float  # natural log of the token's probability under the unmodified logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCosts:
+    """What a model's parts weigh, for placement. Bytes are as held in memory in the compute dtype."""
+
+    name: str
+    hidden_size: int
+    layer_bytes: tuple[int, ...]  # weights of each layer
+    layer_kv_bytes_per_token: tuple[int, ...]  # K and V of one position, each layer
+    embedding_bytes: int
+    head_bytes: int  # norm and output head, as needed on the last stage
+    tied_embedding: bool  # the head is the embedding: first and last stage in one hold it once
+    activation_bytes_per_token: int
+    max_context: int  # positions that the model was made for
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return len(self.layer_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerCapacity:
+    """What a worker can do, measured by itself; placement reads nothing else about it."""
+
+    worker_id: WorkerId
+    host_id: str  # equal for workers that share cores and memory bandwidth
+    device: str  # cpu, cuda:0, mps
+    memory_bytes: int  # what the worker may use for weights and KV; workers on one host's CPU share it
+    read_bandwidth: float  # bytes/s that one step can stream weights at
+    matrix_rate: float  # floating-point operations/s in the compute dtype
+    link_delay_s: float = 0.0  # one way, from the previous stage or the master
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageAssignment:
+    """One stage of one epoch's pipeline, as decided by placement."""
+
+    epoch: Epoch
+    worker_id: WorkerId
+    stage_index: int
+    num_stages: int
+    layers: LayerRange
+    num_blocks: int
+    block_size: int
+    next_worker_id: WorkerId | None  # None on the last stage
+
+    @property
+    def is_first(self) -> bool:
+        """Holds the embedding."""
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Holds the norm and the head, and samples."""
+        return self.stage_index == self.num_stages - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a checkpoint, as stored in its file: raw bytes, named by their content.
+
+    `dtype` is safetensors' tag (`F32`, `BF16`, `F16`, ...) or `GGML_<type>` for GGUF's. `shape` is the row-major
+    shape of the values, also where the bytes are quantised.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    sha256: str  # lower-case hex of the raw bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHint:
+    """A checkpoint file that a worker might have too: where the master has it and what it would be on the hub."""
+
+    path: str
+    num_bytes: int
+    hub_repo: str = ""  # empty where the file is not from the hub
+    hub_revision: str = ""
+    hub_filename: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoad:
+    """All that a worker needs to build a stage: the assignment, the model's config, and its tensors by content."""
+
+    assignment: StageAssignment
+    model_config: str  # JSON of the model's config, `model_type` included
+    dtype: str  # float32, bfloat16, float16
+    tensors: tuple[TensorSpec, ...]
+    file_hints: tuple[FileHint, ...]
+    next_address: str  # host:port of the next stage's worker; empty on the last stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDescription:
+    """What a worker answers to `Describe`: who it is, what it runs on, what it measured."""
+
+    protocol_version: int
+    package_version: str
+    torch_version: str
+    transformers_version: str
+    host_id: str
+    pid: int
+    device: str
+    device_name: str
+    memory_total_bytes: int
+    memory_available_bytes: int  # what it would use for weights and KV now
+    read_bandwidth: float  # bytes/s, measured
+    matrix_rate: float  # operations/s, measured
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTiming:
+    """Mean compute time of the steps of one shape at one stage, since the last report."""
+
+    num_sequences: int
+    num_tokens: int
+    mean_s: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReport:
+    """A worker's state as of `timestamp` (seconds since 1970, the worker's clock)."""
+
+    timestamp: float
+    epoch: Epoch  # 0: holds no stage
+    queue_depth: int  # steps that wait for the compute thread
+    steps_done: int  # since the stage was loaded
+    busy_s: float  # compute time since the stage was loaded
+    uptime_s: float  # since the stage was loaded; 0 without one
+    device: str
+    device_name: str
+    gpu_utilization: float | None  # percent; None without a GPU that can be asked
+    gpu_memory_used_bytes: int | None
+    gpu_memory_total_bytes: int | None
+    cpu_utilization: float  # percent of all cores of the machine
+    memory_used_bytes: int  # of the machine
+    memory_total_bytes: int
+    process_memory_bytes: int  # resident size of the worker's process
+    timings: tuple[StepTiming, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSnapshot:
+    """One worker as the master's core sees it."""
+
+    worker_id: WorkerId
+    status: str
+    layers: LayerRange | None
+    last_heard_s: float | None  # on the core's clock
+    report: HeartbeatReport | None
+    reason: str = ""  # why it was lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    """All that metrics, dashboards and the CLI may know of the master's state, frozen at one moment."""
+
+    epoch: Epoch
+    ready: bool
+    stages: tuple[StageAssignment, ...]
+    workers: tuple[WorkerSnapshot, ...]
+    num_blocks: int
+    num_free_blocks: int
+    num_waiting: int
+    num_running: int
+    num_steps_in_flight: int
+    max_steps_in_flight: int
+    total_prompt_tokens: int
+    total_cached_tokens: int  # prompt tokens that a reused prefix saved
+    total_output_tokens: int
+    total_preemptions: int
+    finished: tuple[tuple[FinishReason, int], ...] = field(default=())

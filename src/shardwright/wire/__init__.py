@@ -1,0 +1,1 @@
+"""Pure bytes: protobuf schema, codec, tensor frames."""
