@@ -1,0 +1,66 @@
+# What a person or CI does here. `make help` lists it.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-from-pyproject
+
+# Set on the command line only (`make demo PROMPT=...`): a shell's own PROMPT must not get in.
+PROMPT := Explain quantum computing in simple terms
+MODEL := smollm2-135m
+WORKERS := 2
+SEEDS := 1000
+
+# Handed to recipes through the environment, unexpanded, so that quotes, spaces and dollar signs stay as typed.
+export DEMO_PROMPT := $(value PROMPT)
+export DEMO_MODEL := $(value MODEL)
+export DEMO_WORKERS := $(value WORKERS)
+export SIM_SEEDS := $(value SEEDS)
+export VENV_PYTHON := $(value PYTHON)
+unexport PROMPT MODEL WORKERS SEEDS
+
+.PHONY: help venv demo test sim lint bench clean
+
+help:  ## list what there is
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP)  ## make .venv with everything pinned in pyproject.toml
+
+$(STAMP): pyproject.toml
+	@for candidate in "$$VENV_PYTHON" python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	  if [ -n "$$candidate" ] && command -v "$$candidate" >/dev/null 2>&1 && \
+	     "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found="$$candidate"; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "Shardwright needs Python 3.11 or newer; `python3 --version 2>/dev/null || echo 'no python3'` was found." >&2; \
+	  echo "Install one, or name it: make venv PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "Making $(VENV) with `"$$found" --version`"; \
+	"$$found" -m venv $(VENV) || { \
+	  echo "'$$found -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=2 processes on this machine
+	@$(BIN)/python -m shardwright generate --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" \
+	  --summary -- "$$DEMO_PROMPT"
+
+test: $(STAMP)  ## run all tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+sim: $(STAMP)  ## simulate SEEDS=1000 clusters with delays, aborts and lost workers
+	@$(BIN)/python tests/sim/run.py --seeds "$$SIM_SEEDS"
+
+lint: $(STAMP)  ## check format, style, types, imports between rooms, generated code
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_proto.py --check
+
+bench: $(STAMP)  ## measure against transformers in one process, on this machine
+	$(BIN)/python bench/run.py
+
+clean:  ## remove .venv and what tools left behind
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,215 @@
+"""The commands about workers: be one, register one, list them with their live state."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from shardwright.cli import aio, options
+from shardwright.cli.console import one_sentence, say, stdout_console, warn
+from shardwright.config import DEFAULT_PORT, GIB
+from shardwright.errors import ShardwrightError
+from shardwright.runtime.registry import Change, Registry, WorkerEntry
+from shardwright.types import HeartbeatReport, WorkerDescription
+
+if TYPE_CHECKING:
+    from shardwright.transport.base import Transport
+
+PROBE_TIMEOUT_S = 3.0
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put this module's commands under the application."""
+    app.command("worker")(worker)
+    app.command("register")(register)
+    app.command("workers")(workers)
+
+
+def worker(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: 0.0.0.0).", metavar="HOST")] = None,
+    port: Annotated[
+        int | None, typer.Option(help=f"Port to listen on; 0: a free one (default: {DEFAULT_PORT}).", metavar="PORT")
+    ] = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-gib", metavar="GIB", min=0.0, help="Most memory for weights and KV (default: what is free)."
+        ),
+    ] = None,
+    cache_dir: options.CacheDir = None,
+    exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
+    config: options.ConfigFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """Offer this machine as a worker until Ctrl-C.
+
+    Traffic is not encrypted: listen only where you trust everybody who can connect.
+
+    [cyan]shardwright worker[/cyan]
+
+    [cyan]shardwright worker --port 50052 --device cuda:1[/cyan]
+    """
+    settings = options.worker_config(
+        config,
+        host=host,
+        port=port,
+        device=device,
+        threads=threads,
+        memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+        cache_dir=cache_dir,
+    )
+
+    def announce(address: str) -> None:
+        # Whoever starts workers from a program reads this line to learn the port.
+        print(f"Worker node started on port {address.rpartition(':')[2]}", flush=True)
+
+    from shardwright.runtime.worker import run_worker
+
+    serving = run_worker(settings, announce=announce)
+    try:
+        aio.run(aio.until_stdin_closes(serving) if exit_with_stdin else serving)
+    except KeyboardInterrupt:
+        say("worker stopped")
+
+
+def register(
+    ip: Annotated[
+        str, typer.Option("--ip", metavar="ADDRESS", help="Where the worker is reached: IP address or host name.")
+    ],
+    username: Annotated[str, typer.Option("--username", metavar="NAME", help="What to call the worker.")],
+    port: Annotated[int, typer.Option("--port", metavar="PORT", help="The worker's port.")] = DEFAULT_PORT,
+    registry: options.RegistryFile = None,
+    config: options.ConfigFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """Add a worker to the registry (workers.json).
+
+    A worker that does not answer yet is registered all the same, with a warning. An address that is there
+    already is not added twice: only its name changes.
+
+    [cyan]shardwright register --ip 192.168.1.101 --username worker1[/cyan]
+    """
+    settings = options.master_config(config, registry=registry)
+    entry = WorkerEntry(username=username, ip=ip, port=port)
+    change = Registry(settings.registry).add(entry)
+    what = {
+        Change.ADDED: f"Registered {entry.username} at {entry.address} in {settings.registry}",
+        Change.RENAMED: f"{entry.address} was registered already; it is called {entry.username} now",
+        Change.UNCHANGED: f"{entry.username} at {entry.address} was registered already",
+    }
+    print(what[change], flush=True)
+    probe = aio.run(probe_all((entry,), grpc_transport()))[0]
+    if probe.problem:
+        warn(
+            f"{entry.username} does not answer at {entry.address} ({probe.problem}); "
+            "start it there with: python3 worker_node.py"
+        )
+
+
+def workers(
+    registry: options.RegistryFile = None,
+    as_json: options.AsJson = False,
+    config: options.ConfigFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """List the registered workers with their live state."""
+    settings = options.master_config(config, registry=registry)
+    entries = Registry(settings.registry).load()
+    if not entries and not as_json:
+        say(f"{settings.registry} lists no worker; add one with: shardwright register --ip ADDRESS --username NAME")
+        return
+    probes = aio.run(probe_all(entries, grpc_transport())) if entries else []
+    if as_json:
+        print(json.dumps([probe.as_json() for probe in probes], indent=2))
+        return
+    stdout_console().print(_table(probes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a worker answered, or why it did not."""
+
+    entry: WorkerEntry
+    round_trip_s: float | None = None
+    description: WorkerDescription | None = None
+    report: HeartbeatReport | None = None
+    problem: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """For `workers --json`: numbers in bytes, seconds and percent; null where nothing answered."""
+        about, report = self.description, self.report
+        return {
+            **self.entry.as_json(),
+            "alive": not self.problem,
+            "problem": self.problem or None,
+            "round_trip_s": self.round_trip_s,
+            "device": about and about.device,
+            "device_name": about and about.device_name,
+            "memory_total_bytes": about and about.memory_total_bytes,
+            "memory_available_bytes": about and about.memory_available_bytes,
+            "read_bandwidth": about and about.read_bandwidth,
+            "version": about and about.package_version,
+            "epoch": report and report.epoch,
+            "queue_depth": report and report.queue_depth,
+            "steps_done": report and report.steps_done,
+            "cpu_utilization": report and report.cpu_utilization,
+            "gpu_utilization": report and report.gpu_utilization,
+        }
+
+
+def grpc_transport() -> Transport:
+    """The transport that real workers speak; imported late because grpc takes a while to load."""
+    from shardwright.transport.grpc import GrpcTransport
+
+    return GrpcTransport()
+
+
+async def probe_all(entries: tuple[WorkerEntry, ...], transport: Transport) -> list[Probe]:
+    """Ask all workers at once who they are and how they do; gives one probe an entry, in the same order."""
+    return list(await asyncio.gather(*(_probe(entry, transport) for entry in entries)))
+
+
+async def _probe(entry: WorkerEntry, transport: Transport) -> Probe:
+    client = transport.connect(entry.address)
+    try:
+        description = await client.describe(timeout_s=PROBE_TIMEOUT_S)
+        started = time.monotonic()
+        report = await client.heartbeat(timeout_s=PROBE_TIMEOUT_S)
+        return Probe(entry=entry, description=description, report=report, round_trip_s=time.monotonic() - started)
+    except ShardwrightError as exc:
+        return Probe(entry=entry, problem=one_sentence(exc))
+    finally:
+        await client.close()
+
+
+def _table(probes: list[Probe]) -> Table:
+    table = Table("worker", "address", "state", "device", "memory free", "use", "round trip", "version")
+    for probe in probes:
+        about, report = probe.description, probe.report
+        if about is None or report is None:
+            table.add_row(probe.entry.username, probe.entry.address, f"[red]{probe.problem}[/red]", *["-"] * 5)
+            continue
+        use = f"CPU {report.cpu_utilization:.0f} %"
+        if report.gpu_utilization is not None:
+            use = f"GPU {report.gpu_utilization:.0f} %"
+        table.add_row(
+            probe.entry.username,
+            probe.entry.address,
+            "[green]idle[/green]"
+            if report.epoch == 0
+            else f"[yellow]holds a stage, {report.queue_depth} waiting[/yellow]",
+            f"{about.device} ({about.device_name})",
+            f"{about.memory_available_bytes / GIB:.1f} of {about.memory_total_bytes / GIB:.1f} GiB",
+            use,
+            f"{(probe.round_trip_s or 0.0) * 1000:.1f} ms",
+            about.package_version,
+        )
+    return table

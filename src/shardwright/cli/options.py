@@ -1,0 +1,102 @@
+"""The options that several commands share, each defined once; and how they become a frozen config."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardwright.cli.console import CliState
+from shardwright.config import DEFAULT_MODEL, Config, MasterConfig, WorkerConfig, read_config
+
+DEFAULT_CONFIG_FILE = Path("shardwright.toml")
+
+
+def _set_debug(context: typer.Context, value: bool) -> bool:
+    state = context.find_root().obj
+    if value:
+        logging.getLogger().setLevel(logging.DEBUG)
+        if isinstance(state, CliState):
+            state.debug = True
+    return value
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Log everything; show the traceback of an error.", callback=_set_debug)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help=f"Settings file; {DEFAULT_CONFIG_FILE} is read if it is there.", dir_okay=False
+    ),
+]
+RegistryFile = Annotated[
+    Path | None, typer.Option("--registry", metavar="FILE", help="The list of workers (default: workers.json).")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Hugging Face id, folder with safetensors, GGUF file, or a bundled name (smollm2-135m, gemma3-270m). "
+        f"Default: {DEFAULT_MODEL}.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16 (default: auto)."),
+]
+LocalWorkersCount = Annotated[
+    int,
+    typer.Option(
+        "--local-workers",
+        metavar="N",
+        min=0,
+        max=64,
+        help="Start N worker processes on this machine instead of using the registry's; they end with the command.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (default: auto).")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", help="CPU threads of a worker; 0: every core it may use (default: 0)."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Where models and tensors are kept (default: ~/.cache/shardwright)."
+    ),
+]
+KvTokens = Annotated[
+    int | None, typer.Option("--kv-tokens", metavar="N", help="Most KV positions, whatever memory there is.")
+]
+BlockSize = Annotated[int | None, typer.Option("--block-size", metavar="N", help="KV positions of one block.")]
+TokenBudget = Annotated[
+    int | None, typer.Option("--token-budget", metavar="N", help="Most tokens that one step computes.")
+]
+StepsInFlight = Annotated[
+    int | None,
+    typer.Option("--steps-in-flight", metavar="N", help="Steps under way at once; 0: chosen from measurements."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on standard output.")]
+
+
+def master_config(file: Path | None, **flags: object) -> MasterConfig:
+    """Flags (None: not given) over `SHARDWRIGHT_*` over the settings file over the defaults."""
+    return _config(MasterConfig, file, flags)
+
+
+def worker_config(file: Path | None, **flags: object) -> WorkerConfig:
+    """Flags (None: not given) over `SHARDWRIGHT_*` over the settings file over the defaults."""
+    return _config(WorkerConfig, file, flags)
+
+
+def _config(kind: type[Config], file: Path | None, flags: dict[str, object]) -> Config:
+    if file is None and DEFAULT_CONFIG_FILE.is_file():
+        file = DEFAULT_CONFIG_FILE
+    return read_config(kind, flags=flags, environ=os.environ, file=file)
