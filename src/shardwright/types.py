@@ -150,6 +150,7 @@ class ModelCosts:
     tied_embedding: bool  # the head is the embedding: first and last stage in one hold it once
     activation_bytes_per_token: int
     max_context: int  # positions that the model was made for
+    element_bytes: int = 2  # of one weight in the compute dtype
 
     @property
     def num_layers(self) -> int:
@@ -168,6 +169,7 @@ class WorkerCapacity:
     read_bandwidth: float  # bytes/s that one step can stream weights at
     matrix_rate: float  # floating-point operations/s in the compute dtype
     link_delay_s: float = 0.0  # one way, from the previous stage or the master
+    shared_memory_bytes: int = 0  # what all workers on this host's device may use together; 0: the largest of theirs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
