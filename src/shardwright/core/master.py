@@ -1,0 +1,462 @@
+"""The master's whole state: events and time in, effects out. Composes cluster, placement, scheduler and step times.
+
+Order of the effects that one event gives: what ends (ClosePipeline, ReleaseStage, DeployFailed), then what begins
+(AssignStage, OpenPipeline, PipelineReady), then EmitToken and Finish (a request's tokens before its end), then
+SendStep with rising numbers. A shell that carries them out in order does nothing that is out of date.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable
+from typing import assert_never
+
+from shardwright.core.cluster import Cluster, WorkerStatus
+from shardwright.core.effects import (
+    AssignStage,
+    ClosePipeline,
+    DeployFailed,
+    EmitToken,
+    Finish,
+    MasterEffect,
+    OpenPipeline,
+    PipelineReady,
+    ReleaseStage,
+    SendStep,
+)
+from shardwright.core.events import (
+    Abort,
+    Deploy,
+    Heartbeat,
+    MasterEvent,
+    PipelineOpened,
+    StageLoaded,
+    StageLoadFailed,
+    StepFailed,
+    Submit,
+    Tick,
+    TokensSampled,
+    WorkerJoined,
+    WorkerLost,
+)
+from shardwright.core.placement import Placement, PlacementSettings, place
+from shardwright.core.scheduler import Ended, Scheduler
+from shardwright.core.sequence import Sequence
+from shardwright.core.settings import CoreSettings
+from shardwright.core.step_times import StagePace, StepTimes, choose_steps_in_flight
+from shardwright.errors import PlacementError
+from shardwright.types import (
+    ClusterSnapshot,
+    FinishReason,
+    ModelCosts,
+    SamplingParams,
+    SeqId,
+    SequenceSlice,
+    StageAssignment,
+    StepId,
+    StepInput,
+    WorkerId,
+    WorkerSnapshot,
+)
+
+PROBE_STEP: StepId = 1
+"""The first step of each epoch is the master's own: one token through every stage, or "ready" would be a guess."""
+
+
+class PipelinePhase(enum.Enum):
+    """How far the current epoch's pipeline is."""
+
+    NONE = "none"  # nothing was deployed yet: requests wait
+    LOADING = "loading"  # stages are being built
+    OPENING = "opening"  # the shell opens the links
+    PROBING = "probing"  # the first token is on its way through all stages
+    READY = "ready"  # takes steps
+    FAILED = "failed"  # no pipeline; requests end at once with the reason
+
+
+class MasterState:
+    """All decisions of one master. The same events in the same order give the same effects."""
+
+    def __init__(self, settings: CoreSettings, costs: ModelCosts) -> None:
+        self._settings = settings
+        self._costs = costs
+        self._placement_settings = PlacementSettings(
+            block_size=settings.block_size,
+            max_kv_tokens=settings.max_kv_tokens,
+            min_kv_tokens=min(settings.min_kv_tokens, settings.max_kv_tokens),
+            workspace_bytes=settings.workspace_bytes,
+        )
+        self._cluster = Cluster(heartbeat_timeout_s=settings.heartbeat_timeout_s)
+        self._scheduler = Scheduler(settings, max_context=costs.max_context)
+        self._open: dict[SeqId, Sequence] = {}
+        self._phase = PipelinePhase.NONE
+        self._epoch = settings.first_epoch - 1
+        self._stages: tuple[StageAssignment, ...] = ()
+        self._step_times: dict[WorkerId, StepTimes] = {}
+        self._steps_for: dict[int, int] = {}  # choices made since the last measurement, by number of sequences
+        self._last_step: StepId = 0
+        self._load_deadline: float | None = None
+        self._failure = ""  # why the phase is FAILED
+        self._redeploys = 0  # recoveries since a step last finished
+        self._finished: Counter[FinishReason] = Counter()
+        self._total_prompt_tokens = 0
+        self._total_output_tokens = 0
+        self.placement: Placement | None = None  # the last one made, for people to read
+
+    # --- events ------------------------------------------------------------------------------------
+
+    def handle(self, event: MasterEvent, now: float) -> list[MasterEffect]:
+        """Take one event and say what to do, in order. `now` is in seconds on any clock that never goes back."""
+        effects = self._on_event(event, now)
+        effects += self._expire(now)
+        effects += self._send_steps()
+        return effects
+
+    def _on_event(self, event: MasterEvent, now: float) -> list[MasterEffect]:
+        match event:
+            case Submit():
+                return self._on_submit(event)
+            case Abort():
+                return self._on_abort(event)
+            case WorkerJoined():
+                return self._on_joined(event, now)
+            case Deploy():
+                self._redeploys = 0
+                return self._deploy(now)
+            case StageLoaded():
+                return self._on_loaded(event)
+            case StageLoadFailed():
+                return self._on_load_failed(event)
+            case PipelineOpened():
+                return self._on_opened(event)
+            case Heartbeat():
+                return self._on_heartbeat(event, now)
+            case WorkerLost():
+                return self._on_worker_lost(event.worker_id, event.reason, now)
+            case TokensSampled():
+                return self._on_tokens(event, now)
+            case StepFailed():
+                return self._on_step_failed(event, now)
+            case Tick():
+                return []
+            case _:
+                assert_never(event)
+
+    def next_deadline(self) -> float | None:
+        """When `handle` must be called again, with a Tick if nothing else happens; None: no need to."""
+        deadlines = [self._cluster.next_deadline(), self._load_deadline]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _expire(self, now: float) -> list[MasterEffect]:
+        effects: list[MasterEffect] = []
+        for worker_id in self._cluster.silent(now):
+            reason = f"no heartbeat for {self._settings.heartbeat_timeout_s:g} s"
+            effects += self._on_worker_lost(worker_id, reason, now)
+        if self._load_deadline is not None and self._load_deadline <= now:
+            late = [w for w, worker in self._cluster.workers.items() if worker.status is WorkerStatus.LOADING]
+            what = f"still loading: {', '.join(late)}" if late else "no token came through the pipeline"
+            effects += self._fail(f"the model was not ready after {self._settings.load_timeout_s:g} s ({what})")
+        return effects
+
+    # --- requests ----------------------------------------------------------------------------------
+
+    def _on_submit(self, event: Submit) -> list[MasterEffect]:
+        assert event.seq_id not in self._open, f"sequence {event.seq_id} was submitted twice"
+        sequence = Sequence(
+            seq_id=event.seq_id,
+            tokens=list(event.prompt),
+            num_prompt_tokens=len(event.prompt),
+            sampling=event.sampling,
+            stop=event.stop,
+        )
+        self._total_prompt_tokens += len(event.prompt)
+        if self._phase is PipelinePhase.FAILED:
+            return [self._finish(sequence, FinishReason.ERROR, self._failure)]
+        ended = self._scheduler.add(sequence)
+        if ended is not None:
+            return self._end([ended])
+        self._open[sequence.seq_id] = sequence
+        return []
+
+    def _on_abort(self, event: Abort) -> list[MasterEffect]:
+        sequence = self._open.get(event.seq_id)
+        if sequence is None:
+            return []
+        self._scheduler.end(sequence)
+        return [self._finish(sequence, FinishReason.ABORT)]
+
+    def _end(self, ended: list[Ended]) -> list[MasterEffect]:
+        return [self._finish(verdict.sequence, verdict.reason, verdict.message) for verdict in ended]
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> Finish:
+        self._open.pop(sequence.seq_id, None)
+        self._finished[reason] += 1
+        return Finish(
+            seq_id=sequence.seq_id,
+            reason=reason,
+            message=message,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    # --- workers -----------------------------------------------------------------------------------
+
+    def _on_joined(self, event: WorkerJoined, now: float) -> list[MasterEffect]:
+        worker_id = event.capacity.worker_id
+        effects: list[MasterEffect] = []
+        if self._cluster.is_holder(worker_id):
+            # A worker that introduces itself again has begun anew: the stage that it held is gone.
+            effects = self._on_worker_lost(worker_id, "it was started again", now)
+        self._cluster.join(event.capacity)
+        return effects
+
+    def _on_heartbeat(self, event: Heartbeat, now: float) -> list[MasterEffect]:
+        known = self._cluster.hear(event.worker_id, event.report, now)
+        times = self._step_times.get(event.worker_id)
+        if known and times is not None and event.report.epoch == self._epoch and event.report.timings:
+            times.add(event.report.timings)
+            self._steps_for.clear()
+        return []
+
+    def _on_worker_lost(self, worker_id: WorkerId, reason: str, now: float) -> list[MasterEffect]:
+        if not self._cluster.lose(worker_id, reason):
+            return []
+        return self._recover_or_fail(f"worker {worker_id} was lost: {reason}", now)
+
+    # --- pipelines ---------------------------------------------------------------------------------
+
+    def _deploy(self, now: float) -> list[MasterEffect]:
+        """Place the model and begin a new epoch."""
+        try:
+            placement = place(self._costs, self._cluster.usable(), self._placement_settings)
+        except PlacementError as exc:
+            return self._fail(str(exc))
+        self.placement = placement
+        effects = self._close()
+        self._epoch += 1
+        planned = placement.stages
+        self._stages = tuple(
+            StageAssignment(
+                epoch=self._epoch,
+                worker_id=stage.worker_id,
+                stage_index=index,
+                num_stages=len(planned),
+                layers=stage.layers,
+                num_blocks=placement.num_blocks,
+                block_size=self._settings.block_size,
+                next_worker_id=planned[index + 1].worker_id if index + 1 < len(planned) else None,
+            )
+            for index, stage in enumerate(planned)
+        )
+        placed = [stage.worker_id for stage in self._stages]
+        # Who has a stage again keeps it until the new assignment arrives: it may keep its weights.
+        effects += self._release(worker_id for worker_id in self._cluster.holders() if worker_id not in placed)
+        for stage in self._stages:
+            self._cluster.assign(stage)
+            effects.append(AssignStage(assignment=stage))
+        self._phase = PipelinePhase.LOADING
+        self._failure = ""
+        self._load_deadline = now + self._settings.load_timeout_s
+        self._step_times = {worker_id: StepTimes() for worker_id in placed}
+        self._steps_for.clear()
+        effects += self._end(self._scheduler.restart(placement.num_blocks))
+        return effects
+
+    def _close(self) -> list[MasterEffect]:
+        """End the current epoch, if it is alive; nothing more is sent under it."""
+        alive = self._phase not in {PipelinePhase.NONE, PipelinePhase.FAILED}
+        self._phase = PipelinePhase.NONE
+        self._stages = ()
+        self._load_deadline = None
+        self._last_step = 0
+        return [ClosePipeline(epoch=self._epoch)] if alive else []
+
+    def _release(self, worker_ids: Iterable[WorkerId]) -> list[MasterEffect]:
+        effects: list[MasterEffect] = []
+        for worker_id in worker_ids:
+            held = self._cluster.workers[worker_id].assignment
+            assert held is not None, f"worker {worker_id} holds nothing"
+            self._cluster.release(worker_id)
+            effects.append(ReleaseStage(worker_id=worker_id, epoch=held.epoch))
+        return effects
+
+    def _fail(self, reason: str) -> list[MasterEffect]:
+        """Give up: no pipeline, every open request ends with the reason, and so do new ones until the next Deploy."""
+        effects = self._close()
+        effects += self._release(self._cluster.holders())
+        self._phase = PipelinePhase.FAILED
+        self._failure = reason
+        effects.append(DeployFailed(reason=reason))
+        self._scheduler.restart(0)
+        for sequence in list(self._open.values()):
+            self._scheduler.end(sequence)
+            effects.append(self._finish(sequence, FinishReason.ERROR, reason))
+        return effects
+
+    def _recover_or_fail(self, reason: str, now: float) -> list[MasterEffect]:
+        if not self._settings.recover:
+            return self._fail(reason)
+        if self._redeploys >= self._settings.max_redeploys:
+            return self._fail(f"{reason}; gave up after {self._redeploys} new pipelines without one finished step")
+        self._redeploys += 1
+        return self._deploy(now)
+
+    def _on_loaded(self, event: StageLoaded) -> list[MasterEffect]:
+        worker = self._cluster.workers.get(event.worker_id)
+        if event.epoch != self._epoch or worker is None or worker.status is not WorkerStatus.LOADING:
+            return []
+        self._cluster.loaded(event.worker_id)
+        if not self._cluster.all_loaded():
+            return []
+        self._phase = PipelinePhase.OPENING
+        return [OpenPipeline(epoch=self._epoch, stages=self._stages)]
+
+    def _on_load_failed(self, event: StageLoadFailed) -> list[MasterEffect]:
+        worker = self._cluster.workers.get(event.worker_id)
+        if event.epoch != self._epoch or worker is None or worker.status is not WorkerStatus.LOADING:
+            return []
+        self._cluster.release(event.worker_id)  # it holds no stage: nothing to release on its side
+        return self._fail(f"worker {event.worker_id} could not load its stage: {event.reason}")
+
+    def _on_opened(self, event: PipelineOpened) -> list[MasterEffect]:
+        if event.epoch != self._epoch or self._phase is not PipelinePhase.OPENING:
+            return []
+        self._phase = PipelinePhase.PROBING
+        self._last_step = PROBE_STEP
+        # Block 0 is nobody's yet, and its content is written anew before anybody reads it.
+        probe = SequenceSlice(seq_id=0, start_position=0, token_ids=(0,), block_table=(0,), sampling=SamplingParams())
+        step = StepInput(epoch=self._epoch, step=PROBE_STEP, slices=(probe,))
+        return [SendStep(worker_id=self._stages[0].worker_id, step=step)]
+
+    # --- steps -------------------------------------------------------------------------------------
+
+    def _on_tokens(self, event: TokensSampled, now: float) -> list[MasterEffect]:
+        if event.epoch != self._epoch:
+            return []
+        if self._phase is PipelinePhase.PROBING:
+            return self._on_probe(event, now)
+        if self._phase is not PipelinePhase.READY:
+            return []
+        mismatch = self._scheduler.mismatch(event.step, event.tokens)
+        if mismatch is not None:
+            return self._recover_or_fail(f"worker {self._stages[-1].worker_id} broke the protocol: {mismatch}", now)
+        self._redeploys = 0
+        effects: list[MasterEffect] = []
+        for advance in self._scheduler.complete(event.step, event.tokens):
+            sequence = advance.sequence
+            self._total_output_tokens += 1
+            effects.append(
+                EmitToken(
+                    seq_id=sequence.seq_id,
+                    index=sequence.num_output_tokens - 1,
+                    token_id=advance.token.token_id,
+                    logprob=advance.token.logprob,
+                )
+            )
+            if advance.finish is not None:
+                effects.append(self._finish(sequence, advance.finish))
+        return effects
+
+    def _on_probe(self, event: TokensSampled, now: float) -> list[MasterEffect]:
+        if event.step != PROBE_STEP or len(event.tokens) != 1:
+            last = self._stages[-1].worker_id
+            what = f"step {event.step} came back with {len(event.tokens)} tokens, expected step {PROBE_STEP} with one"
+            return self._recover_or_fail(f"worker {last} broke the protocol: {what}", now)
+        self._phase = PipelinePhase.READY
+        self._load_deadline = None
+        return [PipelineReady(epoch=self._epoch, stages=self._stages)]
+
+    def _on_step_failed(self, event: StepFailed, now: float) -> list[MasterEffect]:
+        if event.epoch != self._epoch or self._phase not in {PipelinePhase.PROBING, PipelinePhase.READY}:
+            return []
+        return self._recover_or_fail(f"worker {event.worker_id} failed at step {event.step}: {event.reason}", now)
+
+    def _send_steps(self) -> list[MasterEffect]:
+        if self._phase is not PipelinePhase.READY:
+            return []
+        effects: list[MasterEffect] = []
+        num_groups = self._max_steps_in_flight()
+        while len(self._scheduler.in_flight) < num_groups:
+            step = self._scheduler.schedule(epoch=self._epoch, step=self._last_step + 1, num_groups=num_groups)
+            if step is None:
+                break
+            self._last_step = step.step
+            effects.append(SendStep(worker_id=self._stages[0].worker_id, step=step))
+        return effects
+
+    def _max_steps_in_flight(self) -> int:
+        if self._settings.max_steps_in_flight is not None:
+            return self._settings.max_steps_in_flight
+        open_sequences = len(self._scheduler.running) + len(self._scheduler.waiting)
+        num_sequences = min(self._settings.max_running, open_sequences)
+        chosen = self._steps_for.get(num_sequences)
+        if chosen is None:
+            chosen = choose_steps_in_flight(self._paces(), num_sequences=num_sequences)
+            self._steps_for[num_sequences] = chosen
+        return chosen
+
+    def _paces(self) -> list[StagePace]:
+        paces: list[StagePace] = []
+        for stage in self._stages:
+            capacity = self._cluster.workers[stage.worker_id].capacity
+            paces.append(
+                StagePace(
+                    device=(capacity.host_id, capacity.device),
+                    times=self._step_times[stage.worker_id],
+                    link_delay_s=capacity.link_delay_s,
+                )
+            )
+        return paces
+
+    # --- to look at --------------------------------------------------------------------------------
+
+    def snapshot(self) -> ClusterSnapshot:
+        """Everything that people and metrics may see, frozen."""
+        scheduler = self._scheduler
+        return ClusterSnapshot(
+            epoch=self._epoch,
+            ready=self._phase is PipelinePhase.READY,
+            stages=self._stages,
+            workers=tuple(
+                WorkerSnapshot(
+                    worker_id=worker_id,
+                    status=worker.status.value,
+                    layers=worker.assignment.layers if worker.assignment is not None else None,
+                    last_heard_s=worker.last_heard_s,
+                    report=worker.report,
+                    reason=worker.lost_reason,
+                )
+                for worker_id, worker in self._cluster.workers.items()
+            ),
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_steps_in_flight=len(scheduler.in_flight),
+            max_steps_in_flight=self._max_steps_in_flight(),
+            total_prompt_tokens=self._total_prompt_tokens,
+            total_cached_tokens=scheduler.total_cached_tokens,
+            total_output_tokens=self._total_output_tokens,
+            total_preemptions=scheduler.total_preemptions,
+            finished=tuple((reason, self._finished[reason]) for reason in FinishReason if self._finished[reason]),
+        )
+
+    def check(self) -> None:
+        """Assert every invariant of the design; tests call it after each event."""
+        self._cluster.check()
+        self._scheduler.check(self._open.values())
+        queued = [s.seq_id for s in self._scheduler.waiting] + [s.seq_id for s in self._scheduler.running]
+        assert sorted(queued) == sorted(self._open), f"open {sorted(self._open)}, queued {sorted(queued)}"
+        holders = sorted(self._cluster.holders())
+        assert holders == sorted(stage.worker_id for stage in self._stages), f"{holders} hold stages"
+        if self._phase in {PipelinePhase.NONE, PipelinePhase.FAILED}:
+            assert not self._stages
+            assert not self._open or self._phase is PipelinePhase.NONE
+        if self._phase in {PipelinePhase.OPENING, PipelinePhase.PROBING, PipelinePhase.READY}:
+            assert self._cluster.all_loaded(), "a pipeline is open over workers that are not ready"
+        if self._phase is not PipelinePhase.READY:
+            assert not self._scheduler.in_flight, "steps are in flight without a pipeline"
+            assert not self._scheduler.running, "sequences run without a pipeline"
+        steps = list(self._scheduler.in_flight)
+        assert steps == sorted(steps)
+        assert not steps or steps[-1] <= self._last_step

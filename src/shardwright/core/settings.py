@@ -1,0 +1,49 @@
+"""What the master's core may be told: limits and choices, frozen, with their reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwright.errors import ConfigError
+from shardwright.types import Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    """Settings of one master's core. Raises `ConfigError` for a value that can't work."""
+
+    block_size: int = 16  # KV positions in a block
+    token_budget: int = 512  # most tokens that one step computes
+    max_running: int = 64  # most sequences that hold KV blocks
+    max_model_len: int | None = None  # most tokens of a sequence; None: the model's own context
+    max_kv_tokens: int = 65536  # most KV positions, whatever memory there is
+    min_kv_tokens: int = 1024  # a placement that leaves room for fewer is refused (where max_kv_tokens allows as many)
+    workspace_bytes: int = 128 * 1024**2  # kept free on each worker for activations
+    prefix_cache: bool = True  # reuse the KV blocks of equal prefixes
+    max_steps_in_flight: int | None = None  # None: chosen from measured step times and link delays
+    heartbeat_timeout_s: float = 10.0  # a worker that was heard once and is silent for longer is lost
+    load_timeout_s: float = 3600.0  # from the assignments to the first token through the pipeline
+    recover: bool = False  # on a lost worker: place again over what is left; else end every request with an error
+    max_redeploys: int = 3  # recoveries in a row without one finished step before the master gives up
+    first_epoch: Epoch = 1  # above every epoch that the workers may have seen from an earlier master
+
+    def __post_init__(self) -> None:
+        for name in (
+            "block_size",
+            "token_budget",
+            "max_running",
+            "max_model_len",
+            "max_kv_tokens",
+            "min_kv_tokens",
+            "max_steps_in_flight",
+            "first_epoch",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("heartbeat_timeout_s", "load_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
+        for name in ("max_redeploys", "workspace_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")

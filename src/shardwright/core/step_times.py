@@ -1,0 +1,103 @@
+"""How many steps in flight pay: measured step times and link delays in, a number out.
+
+Let t_i(b) be stage i's time for a step of b sequences, l_i the delay of the link into it, B the sequences there are.
+With m steps in flight of B/m sequences each, a step's trip takes sum(t_i(B/m) + l_i), and in that time every device
+must compute m steps. So
+
+    tokens/s = B / max( sum over stages (t_i(B/m) + l_i),  m * max over devices sum of its stages' t_i(B/m) )
+
+Stages on one device (one machine's cores, one GPU) compute one after the other: for them the second term is what
+counts, and more than one step in flight seldom pays. Where t is flat in b (decode bound by memory) it never does;
+where t grows with b, up to about S (1 + l/t) steps gain in proportion.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from shardwright.types import StepTiming
+
+MOST_STEPS = 64
+"""More steps in flight than this are never considered: it bounds the queues along the pipeline."""
+
+WORTHWHILE = 1.03
+"""One more step in flight has to promise this factor: measured times are not better than a few percent."""
+
+_NEW_WEIGHT = 0.25
+"""Weight of a new report against what is known: times drift with load and temperature."""
+
+
+@dataclass(slots=True, eq=False)
+class StepTimes:
+    """One stage's measured decode times by number of sequences."""
+
+    mean_s: dict[int, float] = field(default_factory=dict)
+
+    def add(self, timings: Iterable[StepTiming]) -> None:
+        """Take a report's means. Only pure decode steps count: one token for each sequence."""
+        for timing in timings:
+            if timing.count < 1 or timing.num_tokens != timing.num_sequences or timing.num_sequences < 1:
+                continue
+            known = self.mean_s.get(timing.num_sequences)
+            if known is None:
+                self.mean_s[timing.num_sequences] = timing.mean_s
+            else:
+                self.mean_s[timing.num_sequences] += _NEW_WEIGHT * (timing.mean_s - known)
+
+    def at(self, num_sequences: int) -> float | None:
+        """The time for a step of so many sequences, in seconds; None when nothing was measured.
+
+        Between two measured sizes on the line through them; outside them as at the nearest, so that splitting or
+        joining promises nothing that was not seen. Never falls with the size: a smaller step is not slower.
+        """
+        if not self.mean_s:
+            return None
+        sizes = sorted(self.mean_s)
+        times = [self.mean_s[size] for size in sizes]
+        for index in range(len(times) - 2, -1, -1):
+            times[index] = min(times[index], times[index + 1])
+        right = bisect_left(sizes, num_sequences)
+        if right == len(sizes):
+            return times[-1]
+        if right == 0 or sizes[right] == num_sequences:
+            return times[right]
+        part = (num_sequences - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        return times[right - 1] + part * (times[right] - times[right - 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePace:
+    """What the choice needs to know of one stage."""
+
+    device: tuple[str, str]  # host and device: equal for stages that share compute
+    times: StepTimes
+    link_delay_s: float  # one way, into this stage
+
+
+def tokens_per_second(stages: Sequence[StagePace], *, num_sequences: int, num_steps: int) -> float | None:
+    """The formula above; None when a stage was not measured yet."""
+    trip_s = 0.0
+    busy_s: dict[tuple[str, str], float] = {}
+    for stage in stages:
+        time_s = stage.times.at(-(-num_sequences // num_steps))
+        if time_s is None:
+            return None
+        trip_s += time_s + stage.link_delay_s
+        busy_s[stage.device] = busy_s.get(stage.device, 0.0) + time_s
+    slowest_s = max(trip_s, num_steps * max(busy_s.values()))
+    return num_sequences / slowest_s if slowest_s > 0 else None
+
+
+def choose_steps_in_flight(stages: Sequence[StagePace], *, num_sequences: int) -> int:
+    """The fewest steps in flight that no larger number beats by a margin; 1 while a stage is not measured."""
+    best_steps = 1
+    best_rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=1) if stages else None
+    if best_rate is None:
+        return 1
+    for num_steps in range(2, min(num_sequences, MOST_STEPS) + 1):
+        rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=num_steps)
+        if rate is not None and rate > best_rate * WORTHWHILE:
+            best_steps, best_rate = num_steps, rate
+    return best_steps
