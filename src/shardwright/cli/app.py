@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwright import __version__
-from shardwright.cli import cluster, options
+from shardwright.cli import cache, cluster, generate, options, plan
 from shardwright.cli.console import run_app
 
 EPILOG = """
@@ -39,7 +39,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cluster.add_commands(app)
+for room in (cluster, plan, generate, cache):
+    room.add_commands(app)
 
 
 def _show_version(value: bool) -> None:

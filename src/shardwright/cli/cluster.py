@@ -167,7 +167,7 @@ class Probe:
 
 def grpc_transport() -> Transport:
     """The transport that real workers speak; imported late because grpc takes a while to load."""
-    from shardwright.transport.grpc import GrpcTransport
+    from shardwright.transport.grpc_transport import GrpcTransport
 
     return GrpcTransport()
 
