@@ -1,0 +1,233 @@
+"""Learns how a model family is built and cuts its model into stages. Knows modules and shapes; reads no weights.
+
+The model classes are `transformers`' own, built on the `meta` device, where tensors have shapes and no content. Which
+modules are the embedding, the layers and the head comes from the family's pipeline plan; what runs before and after
+the layers, what each layer is given and what it asks of its attention is found out by one forward of the meta model
+(`probe.py`), so that no family needs a line of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from shardwright.errors import CheckpointError, UnsupportedModelError
+from shardwright.model.attention import ATTENTION_NAME
+from shardwright.model.probe import PROBE_NAME, Probed, ProbeError, probe
+from shardwright.model.skeleton import EmptyOutput, PassThrough
+from shardwright.model.supported import SPLITTABLE_FAMILIES
+from shardwright.types import LayerRange, ModelCosts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyPlan:
+    """Where a model's parts are and what they exchange. Module names are the whole model's."""
+
+    model_type: str
+    base: str  # the module that holds the embedding, the layers and the norm
+    layers: str  # the list of layers
+    embedding: str
+    head: str
+    num_layers: int
+    probed: Probed
+
+
+def read_config(config_json: str) -> PreTrainedConfig:
+    """The config of a family that `transformers` itself implements; code that comes with a model is never run.
+
+    Raises `CheckpointError` if this is no model config, `UnsupportedModelError` if the family is not known.
+    """
+    try:
+        fields = json.loads(config_json)
+    except json.JSONDecodeError as exc:
+        raise CheckpointError(f"the model's config is not JSON: {exc}") from exc
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise CheckpointError("the model's config names no model_type, so its family is unknown")
+    model_type = fields.pop("model_type")
+    for remote in ("auto_map", "quantization_config"):
+        if fields.get(remote) and remote == "quantization_config":
+            raise _unsupported(model_type, "its weights are quantised in a way that only its own loader reads")
+        fields.pop(remote, None)
+    if model_type not in CONFIG_MAPPING:
+        raise _unsupported(model_type, "this version of transformers does not have it")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (TypeError, ValueError, KeyError, AttributeError) as exc:
+        raise CheckpointError(f"the config of this {model_type} model is wrong: {exc}") from exc
+
+
+def plan_family(config: PreTrainedConfig) -> FamilyPlan:
+    """Find out how this model is built. Raises `UnsupportedModelError` where it can't be cut between its layers."""
+    return _plan(config, build_meta_model(config, torch.float32, attention=PROBE_NAME))
+
+
+def slice_model(
+    config: PreTrainedConfig,
+    layers: LayerRange,
+    *,
+    is_first: bool,
+    is_last: bool,
+    dtype: torch.dtype = torch.float32,
+    plan: FamilyPlan | None = None,
+) -> nn.Module:
+    """The whole model's class on the `meta` device with the parameters of one stage only, under their own names.
+
+    Layers outside the range hand their input on; the embedding and what else runs before the layers is kept on the
+    first stage, what runs after them on the last.
+    """
+    plan = plan or plan_family(config)
+    if layers.end > plan.num_layers:
+        raise UnsupportedModelError(f"layers {layers} are asked for, but this model has {plan.num_layers}")
+    assert is_first == (layers.start == 0), f"the first stage starts at layer 0, not {layers.start}"
+    assert is_last == (layers.end == plan.num_layers), f"the last stage ends with layer {plan.num_layers - 1}"
+    model: nn.Module = build_meta_model(config, dtype, attention=ATTENTION_NAME)
+    stack = model.get_submodule(plan.layers)
+    assert isinstance(stack, nn.ModuleList)
+    for index, layer in enumerate(stack):
+        if index not in layers:
+            stack[index] = PassThrough(layer, plan.probed.layers[index], is_end=index == plan.num_layers - 1)
+    if not is_first:
+        for name, shape in plan.probed.before.items():
+            _replace(model, name, EmptyOutput(shape, dtype))
+    if not is_last:
+        for name in plan.probed.after:
+            _replace(model, name, nn.Identity())
+    return model
+
+
+def model_costs(config_json: str, *, name: str, dtype: str) -> ModelCosts:
+    """What the model's parts weigh in `dtype`. Allocates nothing: the model is never more than shapes."""
+    config = read_config(config_json)
+    plan = plan_family(config)
+    model = build_meta_model(config, DTYPES[dtype], attention=ATTENTION_NAME)
+    stack = model.get_submodule(plan.layers)
+    head = _bytes_of(model, plan.probed.after)
+    embedding = _bytes_of(model, plan.probed.before)
+    tied = model.get_submodule(plan.head).weight is model.get_submodule(plan.embedding).weight
+    return ModelCosts(
+        name=name,
+        hidden_size=int(plan.probed.hidden.size_per_token),
+        layer_bytes=tuple(_bytes(layer) for layer in stack.children()),
+        layer_kv_bytes_per_token=tuple(layer.kv.bytes_per_token(DTYPES[dtype]) for layer in plan.probed.layers),
+        embedding_bytes=embedding,
+        head_bytes=head,
+        tied_embedding=tied,
+        activation_bytes_per_token=plan.probed.hidden.size_per_token * DTYPES[dtype].itemsize,
+        max_context=int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
+    )
+
+
+def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention: str) -> Any:
+    """The family's causal language model on the `meta` device. `config` is copied, not changed."""
+    model_type = config.model_type
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise _unsupported(model_type, "it is not a causal language model")
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    for flag in ("output_router_logits", "output_hidden_states", "output_attentions"):
+        if getattr(config, flag, False):
+            setattr(config, flag, False)
+    try:
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ImportError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as exc:
+        raise _unsupported(model_type, f"its model can't be built: {exc}") from exc
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def _plan(config: PreTrainedConfig, model: Any) -> FamilyPlan:
+    model_type = config.model_type
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None:
+        raise _unsupported(model_type, "it has no token embedding or no output head")
+    layers = _find_layers(model, model_type)
+    try:
+        probed = probe(model, layers)
+    except ProbeError as exc:
+        raise _unsupported(model_type, str(exc)) from exc
+    if names[id(embedding)] not in probed.before or names[id(head)] not in probed.after:
+        raise _unsupported(model_type, "its embedding or its head is not where the layers begin and end")
+    return FamilyPlan(
+        model_type=model_type,
+        base=layers.rpartition(".")[0],
+        layers=layers,
+        embedding=names[id(embedding)],
+        head=names[id(head)],
+        num_layers=len(probed.layers),
+        probed=probed,
+    )
+
+
+def _find_layers(model: Any, model_type: str) -> str:
+    """The path of the layer list: from the family's pipeline plan, else the one list as long as the model is deep."""
+    plan: dict[str, Any] = getattr(model.base_model.config, "base_model_pp_plan", None) or {}
+    base: str = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    lists: dict[str, nn.ModuleList] = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
+    planned: list[str] = [base + name for name in plan if base + name in lists]
+    if len(planned) == 1:
+        return planned[0]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting: list[str] = [
+        name for name, m in lists.items() if len(m) == depth and not any(name.startswith(f"{o}.") for o in lists)
+    ]
+    if len(fitting) != 1:
+        raise _unsupported(model_type, "its layers are not one list")
+    return fitting[0]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters()) + sum(
+        b.nbytes for n, b in module.named_buffers() if n.rpartition(".")[2] not in _transient(module, n)
+    )
+
+
+def _transient(module: nn.Module, name: str) -> set[str]:
+    """Names of the buffers that no checkpoint holds, in the module that owns `name`."""
+    return module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set  # noqa: SLF001
+
+
+def _bytes_of(model: nn.Module, names: Any) -> int:
+    return sum(p.nbytes for name in names for p in model.get_submodule(name).parameters(recurse=False))
+
+
+def _unsupported(model_type: str, reason: str) -> UnsupportedModelError:
+    known = ", ".join(SPLITTABLE_FAMILIES)
+    return UnsupportedModelError(
+        f"models of the family {model_type!r} can't be cut into stages: {reason}. Use one of: {known}"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep `transformers`' advice about configs off the terminal."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,327 @@
+"""Runs a meta model once and writes down how its layers are wired. Computes nothing: meta tensors have no content.
+
+Every tensor that depends on a module which only the first stage holds is marked, and so is every tensor that depends on
+a layer. From the marks follows what must travel between stages, and whether the model can be cut at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from shardwright.errors import UnsupportedModelError
+from shardwright.model.attention import PORT_ATTRIBUTE, AttentionCall, paged_attention
+from shardwright.model.kv_cache import KvShape
+
+PROBE_NAME = "shardwright_probe"
+_TOKENS = 7  # no family has a dimension of this size
+_FROM_BEFORE, _FROM_LAYER = 1, 2
+_SHAPE_ONLY = ("new_", "_like")  # operations that take no values from their argument
+
+
+class ProbeError(Exception):
+    """The model is wired in a way that a pipeline can't follow; the text says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShape:
+    """The shape of a tensor that has one dimension for the step's tokens and a batch dimension of 1."""
+
+    shape: tuple[int, ...]
+    token_axis: int
+
+    @property
+    def size_per_token(self) -> int:
+        """Values of one token."""
+        return torch.Size(self.shape[: self.token_axis] + self.shape[self.token_axis + 1 :]).numel()
+
+    def for_tokens(self, tokens: int) -> tuple[int, ...]:
+        """The shape for that many tokens."""
+        return (*self.shape[: self.token_axis], tokens, *self.shape[self.token_axis + 1 :])
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As it travels: [tokens, values of one token]."""
+        return tensor.movedim(self.token_axis, 0).reshape(tensor.shape[self.token_axis], -1)
+
+    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As the layers take it."""
+        rest = self.shape[: self.token_axis] + self.shape[self.token_axis + 1 :]
+        return tensor.view(tensor.shape[0], *rest).movedim(0, self.token_axis)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """What one layer keeps, asks for, takes and returns."""
+
+    kv: KvShape
+    attention: str  # the module that attends, as a path inside the layer
+    window: int | None
+    num_outputs: int | None  # length of the tuple that it returns; None if it returns the hidden states alone
+    carried: tuple[tuple[int, str], ...]  # (index of the argument, name) of what else comes from before the layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """What one forward of a meta model shows."""
+
+    hidden: OutputShape
+    layers: tuple[LayerFacts, ...]
+    before: dict[str, OutputShape]  # modules with parameters that run before the layers only, and what they return
+    after: tuple[str, ...]  # modules with parameters that run after the layers only
+    carried: dict[str, OutputShape]  # what travels beside the hidden states
+
+
+def probe(model: Any, layers: str) -> Probed:
+    """Run the meta model (built for `PROBE_NAME`) on one made-up sequence. Raises `ProbeError`."""
+    recorder = _Recorder(model, layers)
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts is not None:
+        # the only implementation whose shapes do not depend on values
+        model.config._experts_implementation = "batched_mm"  # noqa: SLF001
+    ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    positions = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    try:
+        with recorder, torch.no_grad(), _Marks():  # type: ignore[no-untyped-call]
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    except UnsupportedModelError as exc:
+        raise ProbeError(str(exc)) from exc
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as exc:
+        raise ProbeError(f"its forward can't be followed ({type(exc).__name__}: {str(exc).splitlines()[0]})") from exc
+    return recorder.result()
+
+
+class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands the marks of an operation's arguments on to its results."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype is torch.bool:  # noqa: SLF001
+            # the one question that families ask here: do all positions belong to one sequence?
+            return True
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__
+        if any(part in name for part in _SHAPE_ONLY):
+            return result
+        mark = 0
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            mark |= _mark_of(leaf)
+        if mark:
+            _set_mark(result, mark)
+        return result
+
+
+def _mark_of(leaf: object) -> int:
+    return getattr(leaf, "shardwright_mark", 0) if isinstance(leaf, torch.Tensor) else 0
+
+
+def _set_mark(tree: Any, mark: int) -> None:
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            leaf.shardwright_mark = _mark_of(leaf) | mark  # type: ignore[attr-defined]
+
+
+def _probe_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> torch.Tensor:
+    """Stands for an attention mask; carries the function that says who sees whom."""
+    marker = torch.zeros((1, 1, _TOKENS, _TOKENS), dtype=torch.bool, device="meta")
+    marker.shardwright_mask = mask_function  # type: ignore[attr-defined]
+    return marker
+
+
+AttentionInterface.register(PROBE_NAME, paged_attention)
+AttentionMaskInterface.register(PROBE_NAME, _probe_mask)
+
+
+@dataclass(slots=True)
+class _SeenLayer:
+    index: int
+    hidden_in: torch.Tensor | None = None
+    hidden_out: torch.Tensor | None = None
+    num_outputs: int | None = None
+    arguments: list[Any] = field(default_factory=list)
+    attentions: list[tuple[str, KvShape, AttentionCall]] = field(default_factory=list)
+
+
+class _Port:
+    """The probe's port: notes what an attention module asks for."""
+
+    def __init__(self, seen: _SeenLayer, name: str) -> None:
+        self._seen = seen
+        self._name = name
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Note the shapes and the mask; return a tensor of the right shape that depends on all three."""
+        if key.shape[0] != 1 or key.shape[2] != _TOKENS or query.shape[2] != _TOKENS:
+            raise ProbeError(f"layer {self._seen.index} attends to something other than the step's tokens")
+        if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1] or query.shape[3] != key.shape[3]:
+            raise ProbeError(f"layer {self._seen.index} has heads that don't fit each other")
+        _check_mask(mask, call.window, self._seen.index)
+        shape = KvShape(heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
+        self._seen.attentions.append((self._name, shape, call))
+        out = query.new_empty((1, _TOKENS, query.shape[1], value.shape[3]))
+        _set_mark(out, _mark_of(query) | _mark_of(key) | _mark_of(value))
+        return out
+
+
+def _check_mask(mask: torch.Tensor | None, window: int | None, layer: int) -> None:
+    """Compare the mask that the family would build with what its keyword arguments say."""
+    if mask is None:
+        return
+    see = getattr(mask, "shardwright_mask", None)
+    if see is None:
+        raise ProbeError(f"layer {layer} attends under a mask of the family's own making")
+    edge = min(window or 64, 8192)
+    places = sorted({0, 1, 2, 31, 200, *(n * edge + d for n in (1, 2) for d in (-1, 0, 1))})
+    queries, keys = torch.tensor(places)[:, None], torch.tensor(places)[None, :]
+    expected = keys <= queries
+    if window is not None:
+        expected &= keys > queries - window
+    zero = torch.tensor(0)
+    if not torch.equal(see(zero, zero, queries, keys).expand_as(expected), expected):
+        raise ProbeError(f"layer {layer} masks attention in a way that its attention function is not told")
+
+
+class _Recorder:
+    """Hooks on every module of interest, for the time of one forward."""
+
+    def __init__(self, model: nn.Module, layers: str) -> None:
+        stack = model.get_submodule(layers)
+        self._model = model
+        self._layers = list(stack.children())
+        self._seen = [_SeenLayer(i) for i in range(len(self._layers))]
+        self._order: list[int] = []
+        inside = {id(m) for layer in self._layers for m in layer.modules()}
+        self._outer = {
+            name: m
+            for name, m in model.named_modules()
+            if id(m) not in inside and any(p is not None for p in m._parameters.values())  # noqa: SLF001
+        }
+        self._phases: dict[str, set[str]] = {}
+        self._shapes: dict[str, Any] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for index, layer in enumerate(self._layers):
+            seen = self._seen[index]
+            self._handles.append(layer.register_forward_pre_hook(self._enter(seen), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._leave(seen)))
+            for name, module in layer.named_modules():
+                setattr(module, PORT_ATTRIBUTE, _Port(seen, name))
+        for name, module in self._outer.items():
+            self._handles.append(module.register_forward_hook(self._note(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            for module in layer.modules():
+                delattr(module, PORT_ATTRIBUTE)
+
+    def _enter(self, seen: _SeenLayer) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._order.append(seen.index)
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            seen.hidden_in = hidden if isinstance(hidden, torch.Tensor) else None
+            seen.arguments = pytree.tree_leaves((args, kwargs))
+
+        return hook
+
+    def _leave(self, seen: _SeenLayer) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            seen.num_outputs = len(output) if isinstance(output, tuple) else None
+            first = output[0] if isinstance(output, tuple) else output
+            seen.hidden_out = first if isinstance(first, torch.Tensor) else None
+            _set_mark(output, _FROM_LAYER)
+
+        return hook
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            phase = "before" if not self._order else "after" if len(self._order) >= len(self._layers) else "between"
+            self._phases.setdefault(name, set()).add(phase)
+            if phase == "before":
+                self._shapes[name] = output
+                _set_mark(output, _FROM_BEFORE)
+
+        return hook
+
+    def result(self) -> Probed:
+        """Check the wiring and put together what was seen."""
+        if self._order != list(range(len(self._layers))):
+            raise ProbeError("its layers don't run once each, one after the other")
+        hidden = self._hidden()
+        carried: dict[str, OutputShape] = {}
+        names: dict[int, str] = {}
+        facts = tuple(self._facts(seen, carried, names) for seen in self._seen)
+        return Probed(
+            hidden=hidden,
+            layers=facts,
+            before={n: _output_shape(self._shapes[n], n) for n, p in self._phases.items() if p == {"before"}},
+            after=tuple(n for n, p in self._phases.items() if p == {"after"}),
+            carried=carried,
+        )
+
+    def _hidden(self) -> OutputShape:
+        """The shape of the hidden states, after checking that each layer takes exactly what the one before gave."""
+        previous: torch.Tensor | None = None
+        for seen in self._seen:
+            if seen.hidden_in is None or seen.hidden_out is None:
+                raise ProbeError(f"layer {seen.index} does not take and return hidden states as one tensor")
+            if previous is not None and seen.hidden_in is not previous:
+                raise ProbeError(
+                    f"something is done to the hidden states between layers {seen.index - 1} and {seen.index}"
+                )
+            if seen.hidden_in.shape != seen.hidden_out.shape:
+                raise ProbeError(f"layer {seen.index} changes the shape of the hidden states")
+            previous = seen.hidden_out
+        return _output_shape(previous, "the last layer")
+
+    def _facts(self, seen: _SeenLayer, carried: dict[str, OutputShape], names: dict[int, str]) -> LayerFacts:
+        if len(seen.attentions) != 1:
+            what = (
+                "does not attend through the attention interface" if not seen.attentions else "attends more than once"
+            )
+            raise ProbeError(f"layer {seen.index} {what}, so its state can't be paged")
+        travels: list[tuple[int, str]] = []
+        for index, leaf in enumerate(seen.arguments):
+            if leaf is seen.hidden_in or not _mark_of(leaf):
+                continue
+            if _mark_of(leaf) & _FROM_LAYER:
+                raise ProbeError(f"layer {seen.index} needs more of the layers before it than the hidden states")
+            if id(leaf) not in names:
+                names[id(leaf)] = f"beside.{len(names)}"
+                carried[names[id(leaf)]] = _output_shape(leaf, f"an argument of layer {seen.index}")
+            travels.append((index, names[id(leaf)]))
+        attention, kv, call = seen.attentions[0]
+        return LayerFacts(
+            kv=kv, attention=attention, window=call.window, num_outputs=seen.num_outputs, carried=tuple(travels)
+        )
+
+
+def _output_shape(output: Any, name: str) -> OutputShape:
+    if not isinstance(output, torch.Tensor):
+        raise ProbeError(f"{name} returns something other than one tensor")
+    axes = [i for i, size in enumerate(output.shape) if size == _TOKENS]
+    if len(axes) != 1:
+        raise ProbeError(f"{name} returns a tensor of shape {tuple(output.shape)}, in which the tokens can't be told")
+    return OutputShape(tuple(output.shape), axes[0])
+
+
+def names_of(facts: Iterable[LayerFacts]) -> list[str]:
+    """What travels beside the hidden states to these layers, each once, in a fixed order."""
+    return list(dict.fromkeys(name for layer in facts for _, name in layer.carried))

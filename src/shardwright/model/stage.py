@@ -1,0 +1,260 @@
+"""Computes one stage: its layers, over its own paged K and V, for one ragged batch after another.
+
+A stage is a slice of a `transformers` model (`families.py`) with its weights (`weights.py`), whose attention runs over
+the stage's KV blocks (`attention.py`). It has no thread and no lock: whoever calls `forward` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from shardwright.errors import ConfigError, FrameError
+from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
+from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
+from shardwright.model.kv_cache import LayerCache, make_layer_cache
+from shardwright.model.linear import PackedLinear, can_pack, pack_linear
+from shardwright.model.probe import LayerFacts, names_of
+from shardwright.model.raw_tensors import RawTensors
+from shardwright.model.sampling import sample
+from shardwright.model.skeleton import StageEnd
+from shardwright.model.weights import load_weights
+from shardwright.types import LayerRange, SamplingParams, SequenceSlice, StepInput, TokenOut
+
+HIDDEN = "hidden"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOutput:
+    """What leaves a stage: tensors for the next one, or the last stage's tokens."""
+
+    tensors: dict[str, torch.Tensor]  # "hidden" [tokens, hidden] and what travels beside it
+    tokens: tuple[TokenOut, ...]  # one for each slice that asked for one, in the step's order
+
+
+def build_stage(
+    *,
+    config_json: str,
+    layers: LayerRange,
+    is_first: bool,
+    is_last: bool,
+    dtype: str,
+    device: str,
+    num_blocks: int,
+    block_size: int,
+    raw: RawTensors,
+    progress: Callable[[int], None],
+) -> Stage:
+    """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
+
+    `progress` gets the bytes of `raw` used so far. Raises `ConfigError` for a device or dtype that can't be used,
+    `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights that don't fit.
+    """
+    torch_dtype, torch_device = find_dtype(dtype), find_device(device)
+    config = read_config(config_json)
+    plan = plan_family(config)
+    model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
+
+    def finish(name: str) -> None:
+        if can_pack(torch_dtype, torch_device):
+            pack_linear(model, name)
+
+    load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
+    return Stage(
+        model=model,
+        plan=plan,
+        layers=layers,
+        is_first=is_first,
+        is_last=is_last,
+        dtype=torch_dtype,
+        device=torch_device,
+        num_blocks=num_blocks,
+        block_size=block_size,
+    )
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The compute dtype of that name. Raises `ConfigError`."""
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it. Raises `ConfigError`."""
+    kind, _, index = name.partition(":")
+    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ConfigError(f"device {name!r} asks for a GPU, but torch finds none on this machine; use cpu")
+        if int(index or 0) >= count:
+            raise ConfigError(f"device {name!r} asks for GPU {index}, but this machine has 0 to {count - 1}")
+        return torch.device("cuda", int(index or 0))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps' is not available on this machine; use cpu")
+    return torch.device(kind)
+
+
+class Stage:
+    """A filled slice of a model and its KV blocks. One forward at a time."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        plan: FamilyPlan,
+        layers: LayerRange,
+        is_first: bool,
+        is_last: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int,
+        block_size: int,
+    ) -> None:
+        self.layers = layers
+        self.is_first = is_first
+        self.is_last = is_last
+        self._model: Any = model
+        self._plan = plan
+        self._dtype = dtype
+        self._device = device
+        self._block_size = block_size
+        self._cell = BatchCell()
+        self._inbox: Mapping[str, torch.Tensor] = {}
+        self._captured: dict[str, torch.Tensor] = {}
+        self._wants_logits = True
+        self._caches: list[LayerCache] = []
+        self._leaving = names_of(plan.probed.layers[layers.end :])
+        self._arriving = [] if is_first else names_of(plan.probed.layers[layers.start :])
+        for index in range(layers.start, layers.end):
+            facts = plan.probed.layers[index]
+            cache = make_layer_cache(facts.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
+            layer = model.get_submodule(f"{plan.layers}.{index}")
+            setattr(layer.get_submodule(facts.attention), PORT_ATTRIBUTE, PagedLayer(cache, self._cell))
+            self._caches.append(cache)
+        self._hook_layers()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights held, each shared one once."""
+        held: dict[int, int] = {id(t): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        packed: int = sum(m.num_bytes for m in self._model.modules() if isinstance(m, PackedLinear))
+        return sum(held.values()) + packed
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes reserved for K and V."""
+        return sum(cache.num_bytes for cache in self._caches)
+
+    def close(self) -> None:
+        """Drop weights and KV blocks. The stage can't be used afterwards."""
+        self._model = None
+        self._caches.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, tensors: Mapping[str, torch.Tensor]) -> StageOutput:
+        """Compute one step: write the new tokens' K and V, and give what leaves the last layer, or the tokens.
+
+        `tensors` is what the previous stage gave (empty on the first). Raises `FrameError` when it doesn't fit the
+        step.
+        """
+        self._inbox = self._received(tensors, step.num_tokens)
+        self._cell.batch = batch = StepBatch(
+            step.slices, block_size=self._block_size, dtype=self._dtype, device=self._device
+        )
+        rows, sampled = _sampled_rows(step)
+        self._wants_logits = bool(rows)
+        options = {"logits_to_keep": torch.tensor(rows, dtype=torch.int64).to(self._device)} if rows else {}
+        try:
+            output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
+        except StageEnd as end:
+            return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
+        finally:
+            self._cell.batch = None
+            self._inbox, self._captured = {}, {}
+        picks = sample(output.logits[0], [s for _, s in sampled], [part.context_length for part, _ in sampled])
+        tokens = tuple(
+            TokenOut(seq_id=part.seq_id, token_id=pick.token_id, logprob=pick.logprob)
+            for (part, _), pick in zip(sampled, picks, strict=True)
+        )
+        return StageOutput(tensors={}, tokens=tokens)
+
+    def _received(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
+        """The previous stage's tensors on this stage's device, in the shapes that the layers take."""
+        shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
+        shapes |= {name: self._plan.probed.carried[name] for name in self._arriving}
+        if tensors.keys() != shapes.keys():
+            raise FrameError(f"the stage of layers {self.layers} takes {sorted(shapes)}, but got {sorted(tensors)}")
+        for name, shape in shapes.items():
+            expected = (num_tokens, shape.size_per_token)
+            if tuple(tensors[name].shape) != expected:
+                raise FrameError(f"{name!r} has the shape {list(tensors[name].shape)}, not {list(expected)}")
+        return {name: shape.unpack(tensors[name].to(self._device)) for name, shape in shapes.items()}
+
+    def _sent(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the next stage takes: the hidden states, and for it and those behind it what travels beside them."""
+        carried = self._captured if self.is_first else self._inbox
+        beside = {name: self._plan.probed.carried[name].pack(carried[name]) for name in self._leaving}
+        return {HIDDEN: self._plan.probed.hidden.pack(hidden), **beside}
+
+    def _hook_layers(self) -> None:
+        """Put what comes from other stages in its place, and take out what goes to them."""
+        for index, facts in enumerate(self._plan.probed.layers):
+            layer = self._model.get_submodule(f"{self._plan.layers}.{index}")
+            takes_hidden = not self.is_first and index == self.layers.start
+            if index in self.layers and not self.is_first and (takes_hidden or facts.carried):
+                layer.register_forward_pre_hook(self._inject(facts, takes_hidden=takes_hidden), with_kwargs=True)
+            elif index >= self.layers.end and self.is_first and facts.carried:
+                layer.register_forward_pre_hook(self._capture(facts), with_kwargs=True)
+        if self.is_last:
+            layer = self._model.get_submodule(f"{self._plan.layers}.{self.layers.end - 1}")
+            layer.register_forward_hook(self._end_without_logits)
+
+    def _inject(self, facts: LayerFacts, *, takes_hidden: bool) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if facts.carried:
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                for place, name in facts.carried:
+                    leaves[place] = self._inbox[name]
+                args, kwargs = pytree.tree_unflatten(leaves, spec)
+            if not takes_hidden:
+                return args, kwargs
+            if args:
+                return (self._inbox[HIDDEN], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self._inbox[HIDDEN]}
+
+        return hook
+
+    def _capture(self, facts: LayerFacts) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            self._captured.update({name: leaves[place] for place, name in facts.carried})
+
+        return hook
+
+    def _end_without_logits(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Leave out norm and head for a step in which no sequence needs a token."""
+        if not self._wants_logits:
+            raise StageEnd(output[0] if isinstance(output, tuple) else output)
+
+
+def _sampled_rows(step: StepInput) -> tuple[list[int], list[tuple[SequenceSlice, SamplingParams]]]:
+    """The rows whose logits are needed, and the slices that they belong to."""
+    rows: list[int] = []
+    sampled: list[tuple[SequenceSlice, SamplingParams]] = []
+    row = 0
+    for part in step.slices:
+        row += part.num_tokens
+        if part.sampling is not None:
+            rows.append(row - 1)
+            sampled.append((part, part.sampling))
+    return rows, sampled

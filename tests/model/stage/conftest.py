@@ -1,0 +1,313 @@
+"""Tiny random models of many families, cut into stages in one process, and a small scheduler that drives them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from shardwright.model.stage import Stage, StageOutput, build_stage
+from shardwright.types import LayerRange, SamplingParams, SequenceSlice, StepInput, TensorSpec, TokenOut
+
+GREEDY = SamplingParams()
+VOCABULARY = 151
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 7,
+        "query_pre_attn_scalar": 37,
+    },
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 29,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 6,
+    },
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+        "rope_parameters": YARN,
+    },
+    "qwen3": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8, "head_dim": None},
+    "olmo2": {"attention_bias": True},
+    "granite": {
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.5,
+        "residual_multiplier": 0.37,
+        "logits_scaling": 2.3,
+        "attention_multiplier": 0.31,
+        "attention_bias": True,
+    },
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 10},
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A small config of the family with values that are not neutral."""
+    fields = {**SMALL, **FAMILIES[model_type], **changes}
+    if fields["head_dim"] is None:
+        del fields["head_dim"]
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def fill_randomly(model: PreTrainedModel, seed: int) -> None:
+    """Random weights of a size that keeps activations near 1 and logits far from ties."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            elif "embed" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+
+
+@dataclass
+class MemoryTensors:
+    """A checkpoint's raw tensors, read from the safetensors files of a folder."""
+
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    data: dict[str, memoryview] = field(default_factory=dict)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> MemoryTensors:
+        tags = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+        raw = cls()
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  safetensors' file is no mapping
+                    tensor = tensors.get_tensor(name).contiguous()
+                    data = memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")
+                    sha256 = hashlib.sha256(data).hexdigest()
+                    raw.specs[name] = TensorSpec(
+                        name=name,
+                        dtype=tags[tensor.dtype],
+                        shape=tuple(tensor.shape),
+                        num_bytes=len(data),
+                        sha256=sha256,
+                    )
+                    raw.data[name] = data
+        return raw
+
+    def read(self, name: str) -> memoryview:
+        return self.data[name]
+
+
+def even_cuts(num_layers: int, num_stages: int) -> list[LayerRange]:
+    """Stages of nearly equal numbers of layers."""
+    edges = [num_layers * i // num_stages for i in range(num_stages + 1)]
+    return [LayerRange(a, b) for a, b in pairwise(edges)]
+
+
+class SplitModel:
+    """All stages of one model in this process."""
+
+    def __init__(
+        self,
+        folder: Path,
+        num_stages: int,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        config_json = (folder / "config.json").read_text()
+        num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+        raw = MemoryTensors.of_folder(folder)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.progress: list[int] = []
+        self.stages: list[Stage] = [
+            build_stage(
+                config_json=config_json,
+                layers=layers,
+                is_first=layers.start == 0,
+                is_last=layers.end == num_layers,
+                dtype=dtype,
+                device=device,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                raw=raw,
+                progress=self.progress.append,
+            )
+            for layers in even_cuts(num_layers, num_stages)
+        ]
+        self.steps = 0
+
+    def step(self, *slices: SequenceSlice) -> tuple[TokenOut, ...]:
+        """Send one step through all stages."""
+        self.steps += 1
+        step = StepInput(epoch=1, step=self.steps, slices=slices)
+        output = StageOutput(tensors={}, tokens=())
+        for stage in self.stages:
+            output = stage.forward(step, output.tensors)
+        return output.tokens
+
+
+@dataclass
+class Asked:
+    """One request: when it joins (in steps), and with what."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    joins_at: int = 0
+    sampling: SamplingParams = GREEDY
+
+
+def serve(split: SplitModel, requests: Sequence[Asked], *, budget: int = 11, seed: int = 0) -> list[list[int]]:
+    """Generate for all requests with chunked prompts, scattered and reused blocks; as a scheduler would."""
+    shuffle = np.random.default_rng(seed)
+    free = list(range(split.num_blocks))
+    shuffle.shuffle(free)
+    tokens = {i: list(r.prompt) for i, r in enumerate(requests)}
+    tables: dict[int, list[int]] = {i: [] for i in tokens}
+    computed = dict.fromkeys(tokens, 0)
+    open_ids = set(tokens)
+    now = 0
+    while open_ids:
+        slices, left = [], budget
+        for i in sorted(open_ids):
+            if requests[i].joins_at > now or left == 0:
+                continue
+            count = min(left, len(tokens[i]) - computed[i])
+            left -= count
+            end = computed[i] + count
+            while len(tables[i]) * split.block_size < end:
+                tables[i].append(free.pop(int(shuffle.integers(len(free)))))
+            slices.append(
+                SequenceSlice(
+                    seq_id=i,
+                    start_position=computed[i],
+                    token_ids=tuple(tokens[i][computed[i] : end]),
+                    block_table=tuple(tables[i]),
+                    sampling=requests[i].sampling if end == len(tokens[i]) else None,
+                )
+            )
+            computed[i] = end
+        shuffle.shuffle(slices)
+        now += 1
+        if not slices:
+            continue
+        for out in split.step(*slices):
+            i = out.seq_id
+            tokens[i].append(out.token_id)
+            if len(tokens[i]) == len(requests[i].prompt) + requests[i].max_new_tokens:
+                open_ids.remove(i)
+                free.extend(tables.pop(i))
+    return [tokens[i][len(r.prompt) :] for i, r in enumerate(requests)]
+
+
+def whole_answers(model: PreTrainedModel, requests: Iterable[Asked]) -> list[list[int]]:
+    """What `transformers` generates greedily with the whole model, one request after the other."""
+    answers = []
+    for request in requests:
+        prompt = torch.tensor([list(request.prompt)])
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(out[0, prompt.shape[1] :].tolist())
+    return answers
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """A random prompt."""
+    return np.random.default_rng(seed).integers(3, VOCABULARY, size=length).tolist()
+
+
+RAGGED = [
+    Asked(prompt=prompt_of(23, 1), max_new_tokens=12),
+    Asked(prompt=prompt_of(1, 2), max_new_tokens=17),
+    Asked(prompt=prompt_of(9, 3), max_new_tokens=5),
+    Asked(prompt=prompt_of(14, 4), max_new_tokens=8, joins_at=6),
+    Asked(prompt=prompt_of(4, 5), max_new_tokens=9, joins_at=9),
+]
+"""Unlike lengths; two join while others are under way, and each leaves at another time."""
+
+
+@dataclass
+class Whole:
+    """A whole model, as `transformers` has it, and the folder that it was saved to."""
+
+    model: PreTrainedModel
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def make_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]:
+    """Makes a tiny model once for each family and set of changes, saved as safetensors."""
+    made: dict[str, Whole] = {}
+
+    def make(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Whole:
+        key = f"{model_type} {dtype} {sorted(changes.items())}"
+        if key not in made:
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype).eval()
+            fill_randomly(model, seed=7)
+            model.tie_weights()
+            folder = tmp_path_factory.mktemp(model_type)
+            model.save_pretrained(folder)
+            made[key] = Whole(model=model, folder=folder)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tools() -> Mapping[str, Any]:
+    """What tests call from here; test modules can't import one another."""
+    return globals()
