@@ -4,6 +4,12 @@
 network. A transport only moves messages: it knows nothing of tensors, stages or scheduling. `grpc` and `memory`
 implement these protocols and pass the same contract tests.
 
+Streams. A client's stream starts when it is iterated for the first time; closing its iterator (`aclose`) ends the
+call. Sending waits until there is room, so that neither side buffers without bound. A service's `incoming` ends when
+the client has sent all that it had; if the client goes away before that, or the listener closes, whoever reads
+`incoming` gets `LinkLostError`, and an iterator of answers that waits for anything else is closed: it is cancelled
+where it waits. A `ProtocolError` that `incoming` raises belongs to the client: let it end the call.
+
 Errors. A client raises `WorkerUnreachableError` when nobody answers, `LinkLostError` when an open call breaks,
 `ProtocolError` (or a subclass) when the worker refused what was sent, and `asyncio.CancelledError` as usual.
 A service raises `ShardwrightError`s; the transport carries kind and message to the client's side.

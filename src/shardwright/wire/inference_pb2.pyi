@@ -1,0 +1,432 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_INT64: _ClassVar[DType]
+    DTYPE_INT32: _ClassVar[DType]
+
+class LoadPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOAD_PHASE_UNSPECIFIED: _ClassVar[LoadPhase]
+    LOAD_PHASE_RECEIVE: _ClassVar[LoadPhase]
+    LOAD_PHASE_BUILD: _ClassVar[LoadPhase]
+    LOAD_PHASE_WARM_UP: _ClassVar[LoadPhase]
+DTYPE_UNSPECIFIED: DType
+DTYPE_FLOAT32: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT16: DType
+DTYPE_INT64: DType
+DTYPE_INT32: DType
+LOAD_PHASE_UNSPECIFIED: LoadPhase
+LOAD_PHASE_RECEIVE: LoadPhase
+LOAD_PHASE_BUILD: LoadPhase
+LOAD_PHASE_WARM_UP: LoadPhase
+
+class TensorFrame(_message.Message):
+    __slots__ = ("magic", "version", "dtype", "shape", "length", "name", "data")
+    MAGIC_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    magic: int
+    version: int
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    length: int
+    name: str
+    data: bytes
+    def __init__(self, magic: _Optional[int] = ..., version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., length: _Optional[int] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class TensorFragment(_message.Message):
+    __slots__ = ("tensor", "offset", "data")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    offset: int
+    data: bytes
+    def __init__(self, tensor: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class StreamEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class SequenceSlice(_message.Message):
+    __slots__ = ("seq_id", "start_position", "token_ids", "block_table", "sampling")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    START_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    start_position: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    block_table: _containers.RepeatedScalarFieldContainer[int]
+    sampling: SamplingParams
+    def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_table: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+
+class StepInput(_message.Message):
+    __slots__ = ("epoch", "step", "slices")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    slices: _containers.RepeatedCompositeFieldContainer[SequenceSlice]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ...) -> None: ...
+
+class StepMessage(_message.Message):
+    __slots__ = ("step", "tensors")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    step: StepInput
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorFrame]
+    def __init__(self, step: _Optional[_Union[StepInput, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ...) -> None: ...
+
+class StepPart(_message.Message):
+    __slots__ = ("step", "fragment", "end")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    step: StepMessage
+    fragment: TensorFragment
+    end: StreamEnd
+    def __init__(self, step: _Optional[_Union[StepMessage, _Mapping]] = ..., fragment: _Optional[_Union[TensorFragment, _Mapping]] = ..., end: _Optional[_Union[StreamEnd, _Mapping]] = ...) -> None: ...
+
+class StepAck(_message.Message):
+    __slots__ = ("epoch", "step")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class StepTrouble(_message.Message):
+    __slots__ = ("epoch", "step", "worker_id", "reason", "link_lost")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LINK_LOST_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    worker_id: str
+    reason: str
+    link_lost: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., worker_id: _Optional[str] = ..., reason: _Optional[str] = ..., link_lost: _Optional[bool] = ...) -> None: ...
+
+class StepReply(_message.Message):
+    __slots__ = ("ack", "trouble")
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    ack: StepAck
+    trouble: StepTrouble
+    def __init__(self, ack: _Optional[_Union[StepAck, _Mapping]] = ..., trouble: _Optional[_Union[StepTrouble, _Mapping]] = ...) -> None: ...
+
+class TokenOut(_message.Message):
+    __slots__ = ("seq_id", "token_id", "logprob")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    token_id: int
+    logprob: float
+    def __init__(self, seq_id: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class TokensRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("epoch", "step", "tokens")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenOut]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ...) -> None: ...
+
+class LayerResult(_message.Message):
+    __slots__ = ("tensors", "tokens")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorFrame]
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenOut]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ...) -> None: ...
+
+class StageAssignment(_message.Message):
+    __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    END_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    worker_id: str
+    stage_index: int
+    num_stages: int
+    first_layer: int
+    end_layer: int
+    num_blocks: int
+    block_size: int
+    next_worker_id: str
+    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., next_worker_id: _Optional[str] = ...) -> None: ...
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "num_bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    num_bytes: int
+    sha256: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class FileHint(_message.Message):
+    __slots__ = ("path", "num_bytes", "hub_repo", "hub_revision", "hub_filename")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HUB_REPO_FIELD_NUMBER: _ClassVar[int]
+    HUB_REVISION_FIELD_NUMBER: _ClassVar[int]
+    HUB_FILENAME_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    num_bytes: int
+    hub_repo: str
+    hub_revision: str
+    hub_filename: str
+    def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., hub_repo: _Optional[str] = ..., hub_revision: _Optional[str] = ..., hub_filename: _Optional[str] = ...) -> None: ...
+
+class LoadBegin(_message.Message):
+    __slots__ = ("assignment", "model_config", "dtype", "num_tensors", "tensors", "file_hints", "next_address")
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FILE_HINTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    assignment: StageAssignment
+    model_config: str
+    dtype: DType
+    num_tensors: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    file_hints: _containers.RepeatedCompositeFieldContainer[FileHint]
+    next_address: str
+    def __init__(self, assignment: _Optional[_Union[StageAssignment, _Mapping]] = ..., model_config: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., file_hints: _Optional[_Iterable[_Union[FileHint, _Mapping]]] = ..., next_address: _Optional[str] = ...) -> None: ...
+
+class MoreTensors(_message.Message):
+    __slots__ = ("tensors",)
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
+
+class WeightChunk(_message.Message):
+    __slots__ = ("sha256", "offset", "data")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    sha256: bytes
+    offset: int
+    data: bytes
+    def __init__(self, sha256: _Optional[bytes] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LoadPart(_message.Message):
+    __slots__ = ("begin", "more_tensors", "chunk", "end")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    MORE_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    begin: LoadBegin
+    more_tensors: MoreTensors
+    chunk: WeightChunk
+    end: StreamEnd
+    def __init__(self, begin: _Optional[_Union[LoadBegin, _Mapping]] = ..., more_tensors: _Optional[_Union[MoreTensors, _Mapping]] = ..., chunk: _Optional[_Union[WeightChunk, _Mapping]] = ..., end: _Optional[_Union[StreamEnd, _Mapping]] = ...) -> None: ...
+
+class WeightRequest(_message.Message):
+    __slots__ = ("sha256", "offset")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    sha256: bytes
+    offset: int
+    def __init__(self, sha256: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class WeightsNeeded(_message.Message):
+    __slots__ = ("requests", "bytes_from_disk", "bytes_from_cache")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_CACHE_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[WeightRequest]
+    bytes_from_disk: int
+    bytes_from_cache: int
+    def __init__(self, requests: _Optional[_Iterable[_Union[WeightRequest, _Mapping]]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_cache: _Optional[int] = ...) -> None: ...
+
+class LoadProgress(_message.Message):
+    __slots__ = ("phase", "done_bytes", "total_bytes")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    phase: LoadPhase
+    done_bytes: int
+    total_bytes: int
+    def __init__(self, phase: _Optional[_Union[LoadPhase, str]] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class LoadDone(_message.Message):
+    __slots__ = ("weight_bytes", "kv_bytes", "load_s")
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    weight_bytes: int
+    kv_bytes: int
+    load_s: float
+    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
+
+class LoadRefused(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class LoadReply(_message.Message):
+    __slots__ = ("needed", "progress", "done", "refused")
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    needed: WeightsNeeded
+    progress: LoadProgress
+    done: LoadDone
+    refused: LoadRefused
+    def __init__(self, needed: _Optional[_Union[WeightsNeeded, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., done: _Optional[_Union[LoadDone, _Mapping]] = ..., refused: _Optional[_Union[LoadRefused, _Mapping]] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerDescription(_message.Message):
+    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORMERS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    MATRIX_RATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    package_version: str
+    torch_version: str
+    transformers_version: str
+    host_id: str
+    pid: int
+    device: str
+    device_name: str
+    memory_total_bytes: int
+    memory_available_bytes: int
+    read_bandwidth: float
+    matrix_rate: float
+    num_threads: int
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepTiming(_message.Message):
+    __slots__ = ("num_sequences", "num_tokens", "mean_s", "count")
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_S_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    num_sequences: int
+    num_tokens: int
+    mean_s: float
+    count: int
+    def __init__(self, num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., mean_s: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+
+class HeartbeatReport(_message.Message):
+    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings")
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    GPU_UTILIZATION_FIELD_NUMBER: _ClassVar[int]
+    GPU_MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_UTILIZATION_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    timestamp: float
+    epoch: int
+    queue_depth: int
+    steps_done: int
+    busy_s: float
+    uptime_s: float
+    device: str
+    device_name: str
+    gpu_utilization: float
+    gpu_memory_used_bytes: int
+    gpu_memory_total_bytes: int
+    cpu_utilization: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    process_memory_bytes: int
+    timings: _containers.RepeatedCompositeFieldContainer[StepTiming]
+    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
