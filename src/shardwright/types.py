@@ -251,6 +251,9 @@ class WorkerDescription:
     read_bandwidth: float  # bytes/s, measured
     matrix_rate: float  # operations/s, measured
     num_threads: int
+    last_epoch: Epoch = 0  # the newest that it has heard of; a new pipeline's must be above
+    shared_memory_bytes: int = 0  # what all workers on its device may use together now; 0: not told
+    in_use: bool = False  # a master or another stage has a stream open to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

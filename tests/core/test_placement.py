@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.core import placement
+from shardwright.core import placement, placement_search
 from shardwright.core.placement import PlacementSettings, place
+from shardwright.core.placement_costs import StageWeights
 from shardwright.errors import PlacementError
 from shardwright.types import LayerRange, ModelCosts, WorkerCapacity
 
@@ -96,7 +97,7 @@ def rate(costs, limits, usable, chosen, bounds):
         on_device[device] = on_device.get(device, 0) + needed
         if on_device[device] > max(max(w.memory_bytes, w.shared_memory_bytes) for w in peers):
             return None
-        alone = streamed / member.read_bandwidth
+        alone = streamed / max(w.read_bandwidth for w in peers)
         bottleneck = max(bottleneck, alone * len(peers))
         latency += alone + member.link_delay_s
     return -len(chosen), bottleneck, latency
@@ -155,9 +156,9 @@ def test_a_fixed_order_is_still_a_placement_that_fits(case):
     """With the exact order given up, the plan keeps every limit and is never better than the best."""
     costs, workers = case
     best = brute_force(costs, workers, SMALL)
-    weights = placement._Weights(costs, SMALL)
+    weights = StageWeights(costs, SMALL)
     usable, left_out = placement._sort_out(weights, workers)
-    found = placement._best_of_fixed_orders(weights, usable) if usable else None
+    found = placement_search._best_of_fixed_orders(weights, usable) if usable else None
     if found is None:
         return
     plan = placement._describe(weights, usable, left_out, found)
@@ -183,7 +184,7 @@ def check(plan, costs, workers):
         member = by_id[stage.worker_id]
         used = stage.weight_bytes + stage.kv_bytes + SMALL.workspace_bytes
         assert stage.weight_bytes == held
-        assert stage.step_s == pytest.approx(streamed / member.read_bandwidth)
+        assert stage.step_s <= streamed / member.read_bandwidth * (1 + 1e-9)
         assert used <= member.memory_bytes
         devices[member.host_id] = devices.get(member.host_id, 0) + used
     for host, used in devices.items():
@@ -303,6 +304,13 @@ def test_workers_on_one_host_share_its_speed():
     assert {s.worker_id: len(s.layers) for s in plan.stages} == {"a": 2, "b": 2, "c": 4}
     assert plan.bottleneck_s == 40.0
     assert plan.latency_s == 80.0
+
+
+def test_workers_on_one_device_have_the_best_speed_that_one_of_them_measured():
+    """What starts together measures together, and one of two equal workers finds the memory busy."""
+    plan = place(model([10] * 4), [worker("a", host="x", speed=2.0), worker("b", host="x", speed=5.0)], SMALL)
+    assert ranges(plan) == {"a": (0, 2), "b": (2, 4)}
+    assert [stage.step_s for stage in plan.stages] == [4.0, 4.0]
 
 
 def test_gpus_of_one_host_do_not_share():

@@ -1,0 +1,75 @@
+"""What a stage weighs: bytes held, bytes read for a token, bytes of KV. Knows nothing of workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from shardwright.types import ModelCosts
+
+_MIB = 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementSettings:
+    """What a placement must leave room for."""
+
+    block_size: int = 16
+    max_kv_tokens: int = 65536  # most KV positions, whatever memory there is
+    min_kv_tokens: int = 1024  # KV headroom: a placement with room for fewer positions is refused
+    workspace_bytes: int = 128 * _MIB  # kept free on each worker for activations
+
+    def __post_init__(self) -> None:
+        assert self.block_size >= 1, f"block_size is {self.block_size}"
+        assert 1 <= self.min_kv_tokens <= self.max_kv_tokens, f"{self.min_kv_tokens=} {self.max_kv_tokens=}"
+        assert self.workspace_bytes >= 0, f"workspace_bytes is {self.workspace_bytes}"
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks that `min_kv_tokens` positions take."""
+        return -(-self.min_kv_tokens // self.block_size)
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks that `max_kv_tokens` positions fill, and never fewer than `min_blocks`."""
+        return max(self.max_kv_tokens // self.block_size, self.min_blocks)
+
+
+class StageWeights:
+    """Bytes of any stage [start, end) in constant time, from running sums over the layers."""
+
+    def __init__(self, costs: ModelCosts, settings: PlacementSettings) -> None:
+        assert len(costs.layer_kv_bytes_per_token) == costs.num_layers, "one KV size for each layer"
+        self.costs = costs
+        self.settings = settings
+        self.num_layers = costs.num_layers
+        self._layer_sum = [0, *accumulate(costs.layer_bytes)]
+        self._kv_sum = [0, *accumulate(n * settings.block_size for n in costs.layer_kv_bytes_per_token)]
+
+    def held(self, start: int, end: int) -> int:
+        """Weights that the stage keeps in memory."""
+        layers = self._layer_sum[end] - self._layer_sum[start]
+        costs = self.costs
+        is_last = end == self.num_layers
+        if start == 0 and is_last and costs.tied_embedding:
+            return layers + max(costs.embedding_bytes, costs.head_bytes)
+        return layers + (costs.embedding_bytes if start == 0 else 0) + (costs.head_bytes if is_last else 0)
+
+    def streamed(self, start: int, end: int) -> int:
+        """Weights that one decode step reads: all but the embedding."""
+        layers = self._layer_sum[end] - self._layer_sum[start]
+        return layers + (self.costs.head_bytes if end == self.num_layers else 0)
+
+    def kv_per_block(self, start: int, end: int) -> int:
+        """Bytes of one block in all of the stage's layers."""
+        return self._kv_sum[end] - self._kv_sum[start]
+
+    def needed(self, start: int, end: int) -> int:
+        """The least memory with which a worker can hold the stage."""
+        kv = self.kv_per_block(start, end) * self.settings.min_blocks
+        return self.held(start, end) + kv + self.settings.workspace_bytes
+
+    @property
+    def smallest_need(self) -> int:
+        """The least memory with which a worker is of any use."""
+        return min(self.needed(i, i + 1) for i in range(self.num_layers))

@@ -1,0 +1,282 @@
+"""What a worker's machine is and how fast it is: device, memory, host, and two short measurements.
+
+Everything here is asked of the machine itself, once at a worker's start, and takes under a second together.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import platform
+import re
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from shardwright.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_MIB = 1024**2
+
+READ_BUFFER_BYTES = 128 * _MIB
+"""Read on a CPU: beyond most caches, small beside any shard. A GPU, whose caches are as large, reads eight times it."""
+
+MEMORY_SHARE = 0.9
+"""Of what is free, the part that a worker offers for weights and KV; the rest is for the system and other processes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What a device measured of itself."""
+
+    read_bandwidth: float  # bytes/s
+    matrix_rate: float  # operations/s in bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """A device's memory in bytes, as far as this process may use it."""
+
+    total: int
+    available: int
+
+
+# --- the device --------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `mps`.
+
+    A GPU always comes with its number, so that equal devices have equal names. Raises `ConfigError` for a name that
+    is none of these and for a device that this machine lacks; the message lists those that it has.
+    """
+    import torch
+
+    present = available_devices()
+    if name == "auto":
+        return torch.device(present[-1] if present[-1] == "mps" else present[min(1, len(present) - 1)])
+    if re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) is None:
+        raise ConfigError(
+            f"device is {name!r}; choose auto, cpu, cuda, cuda:N or mps (this machine has {', '.join(present)})"
+        )
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in present:
+        raise ConfigError(
+            f"device is {name!r}, but this machine has only {', '.join(present)}; use one of these or auto"
+        )
+    return torch.device(wanted)
+
+
+def available_devices() -> tuple[str, ...]:
+    """Every device that torch can use here; `cpu` is always the first."""
+    import torch
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ("cpu", *gpus, *mps)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, for people."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    name = _cpu_model() or platform.processor() or platform.machine() or "CPU"
+    return f"{name} GPU" if device.type == "mps" else name
+
+
+def _cpu_model() -> str | None:
+    text = _read(Path("/proc/cpuinfo"))
+    match = re.search(r"^model name\s*:\s*(.+)$", text or "", re.MULTILINE)
+    return match.group(1).strip() if match else None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's share if that is less."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [affinity]
+    for folder in _cgroup_folders("cpu"):
+        period: str | None
+        quota, _, period = (_read(folder / "cpu.max") or "").strip().partition(" ")
+        if not quota:  # version 1
+            quota = (_read(folder / "cpu.cfs_quota_us") or "").strip()
+            period = (_read(folder / "cpu.cfs_period_us") or "").strip()
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            quotas.append(math.ceil(int(quota) / int(period)))
+    return max(min(quotas), 1)
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def device_memory(device: torch.device) -> Memory:
+    """Total and available memory of the device; a CPU's and an Apple GPU's is the machine's."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total=total, available=free)
+    return machine_memory()
+
+
+def machine_memory() -> Memory:
+    """The machine's memory, or what a container leaves of it."""
+    machine = psutil.virtual_memory()
+    total, available = int(machine.total), int(machine.available)
+    for folder in _cgroup_folders("memory"):
+        limit, used, reclaimable = _cgroup_memory(folder)
+        if limit is not None and limit < machine.total:
+            total = min(total, limit)
+            available = min(available, max(limit - used + reclaimable, 0))
+    return Memory(total=total, available=available)
+
+
+def offered_bytes(memory: Memory, *, limit_bytes: int) -> int:
+    """What a worker offers for weights and KV: most of what is available, and no more than the limit (0: none)."""
+    offered = int(memory.available * MEMORY_SHARE)
+    return min(offered, limit_bytes) if limit_bytes > 0 else offered
+
+
+def _cgroup_memory(folder: Path) -> tuple[int | None, int, int]:
+    """(limit, used, of that file cache that the kernel gives back when asked); version 2, then version 1."""
+    for limit_file, used_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = (_read(folder / limit_file) or "").strip()
+        if not limit:
+            continue
+        used = (_read(folder / used_file) or "").strip()
+        match = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
+        if limit.isdigit() and used.isdigit():
+            return int(limit), int(used), int(match.group(1)) if match else 0
+        return None, 0, 0
+    return None, 0, 0
+
+
+def _cgroup_folders(
+    controller: str, root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[Path]:
+    """This process's control groups for a controller and all above them: each may set a limit.
+
+    Inside a container the group's path may be the host's and not exist here; the root then stands for it.
+    """
+    folders: dict[Path, None] = {root: None, root / controller: None}
+    for line in (_read(membership) or "").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = root / controller if controllers else root
+        for part in Path(path.lstrip("/")).parts:
+            folder /= part
+            folders[folder] = None
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _read(path: Path) -> str | None:
+    """A small system file's text; None where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+# --- the host ----------------------------------------------------------------------------------------
+
+
+def host_id() -> str:
+    """An id that is equal for processes that share a machine's cores, also from different containers.
+
+    Linux's boot id is the kernel's: all containers of a machine see the same, and no two machines do. Elsewhere the
+    machine's id or network address stands for it.
+    """
+    boot = _read(Path("/proc/sys/kernel/random/boot_id"))
+    source = boot.strip() if boot else f"{_read(Path('/etc/machine-id')) or ''} {socket.gethostname()}"
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+# --- speed -------------------------------------------------------------------------------------------
+
+
+def measure_speed(device: torch.device, *, num_threads: int) -> Speed:
+    """Measure the device's read bandwidth and its matrix rate; under a second, and its memory is free afterwards.
+
+    Both are the best of a few tries: what else runs on the machine can make a try slower, never faster. Leaves the
+    calling thread's number of torch threads as it was.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            # One thread first, to learn what size fits the time: several on a busy machine wait for each other.
+            torch.set_num_threads(1)
+            rate = _matrix_rate(device, 256)
+            torch.set_num_threads(num_threads)
+            for size in (1024, 4096):
+                if 2 * size**3 / rate > (0.4 if size == 1024 else 0.05):
+                    break
+                rate = max(rate, _matrix_rate(device, size))
+            return Speed(read_bandwidth=_read_bandwidth(device), matrix_rate=rate)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a sum over a buffer: the simplest thing that reads every byte once."""
+    import torch
+
+    num_bytes = READ_BUFFER_BYTES
+    if device.type == "cuda" and device_memory(device).available > 32 * READ_BUFFER_BYTES:
+        num_bytes *= 8
+    buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    best = _best_time(device, buffer.sum, tries=12, limit_s=0.25)
+    del buffer
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return num_bytes / best
+
+
+def _matrix_rate(device: torch.device, size: int) -> float:
+    """Operations/s of a square bfloat16 product."""
+    import torch
+
+    left = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    right = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    return 2 * size**3 / _best_time(device, functools.partial(torch.matmul, left, right), tries=8, limit_s=0.08)
+
+
+def _best_time(device: torch.device, work: Callable[[], object], *, tries: int, limit_s: float) -> float:
+    """Seconds of the fastest of some tries after one to warm up; stops trying after the limit."""
+    begin = time.perf_counter()
+    work()
+    _wait(device)
+    best = time.perf_counter() - begin
+    for _ in range(tries):
+        start = time.perf_counter()
+        if start - begin > limit_s:
+            break
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

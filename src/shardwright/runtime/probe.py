@@ -1,0 +1,95 @@
+"""A worker's view of its machine: measures it at the start, answers `Describe`, fills in heartbeats."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from shardwright import __version__
+from shardwright.runtime.measure import (
+    device_memory,
+    device_name,
+    host_id,
+    measure_speed,
+    offered_bytes,
+    resolve_device,
+    usable_cores,
+)
+from shardwright.runtime.telemetry import GpuAddress, GpuProbe, GpuWatch, MachineMonitor, load_nvml
+from shardwright.types import PROTOCOL_VERSION, Epoch, HeartbeatReport, StepTiming, WorkerDescription
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Machine:
+    """The machine under one worker; implements `runtime.worker.MachineProbe`.
+
+    Making one takes up to a second: the device is measured. Raises `ConfigError` for a device that isn't there.
+    """
+
+    def __init__(self, *, device: str, threads: int, memory_bytes: int) -> None:
+        """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free."""
+        self.device = resolve_device(device)
+        self.num_threads = threads or usable_cores()
+        self._memory_bytes = memory_bytes
+        self._device_name = device_name(self.device)
+        self._speed = measure_speed(self.device, num_threads=self.num_threads)
+        self._monitor = MachineMonitor(
+            device=str(self.device),
+            device_name=self._device_name,
+            gpu=GpuWatch(GpuProbe(gpu_address(self.device), nvml=load_nvml())),
+        )
+
+    def describe(self) -> WorkerDescription:
+        """Who this worker is, what it measured at its start, and what memory it has free now."""
+        import torch
+
+        memory = device_memory(self.device)
+        return WorkerDescription(
+            protocol_version=PROTOCOL_VERSION,
+            package_version=__version__,
+            torch_version=torch.__version__,
+            transformers_version=version("transformers"),
+            host_id=host_id(),
+            pid=os.getpid(),
+            device=str(self.device),
+            device_name=self._device_name,
+            memory_total_bytes=memory.total,
+            memory_available_bytes=offered_bytes(memory, limit_bytes=self._memory_bytes),
+            read_bandwidth=self._speed.read_bandwidth,
+            matrix_rate=self._speed.matrix_rate,
+            num_threads=self.num_threads,
+            shared_memory_bytes=offered_bytes(memory, limit_bytes=0),
+        )
+
+    def report(
+        self,
+        *,
+        epoch: Epoch,
+        queue_depth: int,
+        steps_done: int,
+        busy_s: float,
+        uptime_s: float,
+        timings: tuple[StepTiming, ...],
+    ) -> HeartbeatReport:
+        """The machine's state now, with the stage's counters filled in."""
+        return self._monitor.report(
+            epoch=epoch,
+            queue_depth=queue_depth,
+            steps_done=steps_done,
+            busy_s=busy_s,
+            uptime_s=uptime_s,
+            timings=timings,
+        )
+
+
+def gpu_address(device: torch.device) -> GpuAddress:
+    """The GPU whose load a worker reports: its own, or the machine's first where the worker computes on the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return GpuAddress()
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+    return GpuAddress(index=device.index or 0, uuid=str(uuid))
