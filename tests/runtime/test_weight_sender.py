@@ -114,9 +114,8 @@ class PipeWorker:
                 begin = await anext(messages)
                 assert isinstance(begin, LoadBegin)
                 self.received = await self.receiver.receive(begin.load, messages, replies.put)
-                with self.received as tensors:
-                    for name in tensors.specs:
-                        assert bytes(tensors.read(name)) == bytes(self.checkpoint.read_tensor(name))
+                for name in self.received.specs:
+                    assert bytes(self.received.read(name)) == bytes(self.checkpoint.read_tensor(name))
                 await replies.put(LoadDone(weight_bytes=1, kv_bytes=2, load_s=0.5))
             finally:
                 await replies.put(None)
@@ -244,6 +243,33 @@ async def test_a_worker_that_stops_moving_is_lost(checkpoint, load, tmp_path):
     with pytest.raises(WorkerLostError, match=r"did not move for 0\.02 s"):
         await send(worker, load, retries=1, stall_timeout_s=0.02)
     assert worker.num_calls == 2
+
+
+async def test_no_chunk_is_read_before_the_transport_takes_the_one_before_it(checkpoint, load, tmp_path):
+    """So the master's memory does not depend on how slow a worker is, or how large the model."""
+
+    class Counting:
+        tensors = checkpoint.tensors
+        num_reads = 0
+
+        def read(self, name: str, offset: int, length: int) -> bytes:
+            self.num_reads += 1
+            return checkpoint.read(name, offset, length)
+
+    class Slow(PipeWorker):
+        async def initialize_worker(self, outgoing):
+            await anext(outgoing)
+            asked = tuple(WeightRequest(sha256=spec.sha256, offset=0) for spec in load.tensors if spec.name == "twin")
+            yield WeightsNeeded(requests=asked, bytes_from_disk=0, bytes_from_cache=0)
+            for taken in (1, 2, 3):
+                await anext(outgoing)
+                assert counting.num_reads == taken
+            yield LoadRefused(reason="seen enough")
+
+    counting = Counting()
+    with pytest.raises(StageLoadError, match="seen enough"):
+        await send_stage(Slow(tmp_path / "worker", checkpoint), load, counting, lambda _: None, chunk_bytes=100)
+    assert counting.num_reads == 3
 
 
 class Scripted(PipeWorker):

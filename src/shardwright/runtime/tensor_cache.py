@@ -190,18 +190,18 @@ class TensorCache:
 
     def resume(self, spec: TensorSpec) -> PartialTensor | None:
         """Go on with what an earlier transfer left of a tensor; None if nothing, or if another process has it."""
-        path = self.path(spec.sha256).with_suffix(".part")
-        if not path.exists():
-            return None
-        fd = _claim(path)
-        if fd is None:
-            return None
-        size = os.fstat(fd).st_size
-        if not 0 < size <= spec.num_bytes:
-            path.unlink(missing_ok=True)
-            os.close(fd)
-            return None
-        return PartialTensor(fd=fd, path=path, target=self.path(spec.sha256), spec=spec, offset=size)
+        target = self.path(spec.sha256)
+        path = target.with_suffix(".part")
+        with _disk_errors(target, f"tensor {spec.name}"):
+            fd = _claim(path) if path.exists() else None
+            if fd is None:
+                return None
+            size = os.fstat(fd).st_size
+            if not 0 < size <= spec.num_bytes:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+                return None
+            return PartialTensor(fd=fd, path=path, target=target, spec=spec, offset=size)
 
     def begin(self, spec: TensorSpec) -> PartialTensor:
         """Start to receive a tensor from its first byte."""

@@ -9,6 +9,7 @@ These files are only ever replaced whole. One that can't be read or makes no sen
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -189,15 +190,18 @@ def _read_index(cache_dir: Path, identity: FileIdentity) -> dict[str, str]:
 
 
 def _write_index(cache_dir: Path, identity: FileIdentity, hashes: dict[str, str]) -> None:
-    """Replace a file's index whole. Another process may have added ranges since we read it: those are kept."""
+    """Replace a file's index whole. Others may have added ranges since we read it: those are kept."""
     path = _index_path(cache_dir, identity)
-    content = _header(identity) | {"sha256": _read_index(cache_dir, identity) | hashes}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        content = _header(identity) | {"sha256": _read_index(cache_dir, identity) | hashes}
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         temporary.replace(path)
     finally:
+        os.close(folder)
         temporary.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -19,8 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Protocol
 
 from shardwright.errors import CheckpointError, LinkLostError, ModelError, ProtocolError
 from shardwright.runtime.tensor_cache import (
@@ -48,6 +48,16 @@ MAX_OPEN_TENSORS = 16  # partly received at once; our master sends one after the
 MAX_RESUMED_TENSORS = 64  # each is an open file
 
 
+class MatchHint(Protocol):
+    """Looks into one file; blocks."""
+
+    def __call__(
+        self, hint: FileHint, progress: Callable[[int, int], None], stop: threading.Event
+    ) -> dict[str, _Range]:
+        """Where the file has which tensors, by hash."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Range:
     """Where a tensor's bytes lie on this worker's disk."""
@@ -60,14 +70,12 @@ class _Range:
 class ReceivedTensors:
     """A stage's tensors on the worker's disk, verified; `read` brings one at a time into memory.
 
-    Satisfies `model.weights.RawTensors`. Keeps the cache from dropping them until it is closed, which is due when
-    the stage is built.
+    Satisfies `model.weights.RawTensors`. Good until the receiver that gave it begins another load or is closed.
     """
 
-    def __init__(self, *, specs: Mapping[str, TensorSpec], ranges: Mapping[str, _Range], pin: CachePin) -> None:
+    def __init__(self, *, specs: Mapping[str, TensorSpec], ranges: Mapping[str, _Range]) -> None:
         self._specs = specs
         self._ranges = ranges
-        self._pin = pin
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -101,16 +109,6 @@ class ReceivedTensors:
             raise CheckpointError(f"{path}: tensor {name} can't be read: {exc.strerror}; load the model again") from exc
         return view
 
-    def close(self) -> None:
-        """Let the cache drop these tensors when it needs room. Safe to call twice; blocks on the disk."""
-        self._pin.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
 
 class WeightReceiver:
     """One worker's receiving end. One load at a time: a new one takes the place of one that is still going on."""
@@ -129,7 +127,8 @@ class WeightReceiver:
         self._open_file = open_file or _open_weight_file
         self._num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._current: asyncio.Task[ReceivedTensors] | None = None
-        self._kept: CachePin | None = None  # of a load that failed: what it got waits for the next try
+        self._switch = asyncio.Lock()
+        self._pin: CachePin | None = None  # of the present stage, or of a load that failed and may be tried again
 
     async def receive(
         self,
@@ -144,23 +143,24 @@ class WeightReceiver:
         `StageLoadError` when the disk is full, and `LinkLostError` when `incoming` ends too early or when another
         `receive` begins; what came until then is kept for the next try.
         """
-        if self._current is not None and not self._current.done():
-            self._current.cancel("the master began the load anew")
-            await asyncio.wait([self._current])
-        task = asyncio.create_task(self._receive(load, incoming, send))
-        self._current = task
+        async with self._switch:
+            if self._current is not None and not self._current.done():
+                self._current.cancel()
+                await asyncio.wait([self._current])
+            self._current = task = asyncio.create_task(self._receive(load, incoming, send), name="receive weights")
         try:
             return await task
         except asyncio.CancelledError as exc:
-            if self._current is not task:
-                raise LinkLostError("the master began the load anew over another connection") from exc
-            raise
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():
+                raise
+            raise LinkLostError("the master began the load anew over another connection") from exc
 
     async def close(self) -> None:
-        """Let go of what a failed load left pinned."""
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            await asyncio.to_thread(kept.close)
+        """Let the cache drop the present stage's tensors when it needs room. Safe to call twice."""
+        if self._pin is not None:
+            pin, self._pin = self._pin, None
+            await asyncio.to_thread(pin.close)
 
     async def _receive(
         self,
@@ -168,25 +168,28 @@ class WeightReceiver:
         incoming: AsyncIterator[LoadMessage],
         send: Callable[[LoadReply], Awaitable[None]],
     ) -> ReceivedTensors:
-        specs = _check_specs(load.tensors)
-        pin = await asyncio.to_thread(self._cache.pin, specs)
-        await self.close()
-        loading = _Loading(self._cache, specs, send, self._num_threads)
+        loading = _Loading(self._cache, _check_specs(load.tensors), send, self._num_threads)
         try:
-            await loading.search(load.file_hints, lambda hint: self._match_hint(hint, load, loading.stop))
+            await loading.search_files(load.file_hints, functools.partial(self._match_hint, load))
+            await self._pin_only(loading.missing)
+            await loading.search_cache()
             await loading.ask()
             await loading.take(incoming)
-        except BaseException:
-            self._kept = pin
-            raise
         finally:
             await loading.close()
-        return ReceivedTensors(specs={spec.name: spec for spec in load.tensors}, ranges=loading.found, pin=pin)
+        return ReceivedTensors(specs={spec.name: spec for spec in load.tensors}, ranges=loading.found)
 
-    def _match_hint(self, hint: FileHint, load: StageLoad, stop: threading.Event) -> dict[str, _Range]:
+    async def _pin_only(self, sha256s: frozenset[str]) -> None:
+        """Pin these in the place of what was pinned before; what is in both never is without a pin."""
+        pin = await asyncio.to_thread(self._cache.pin, sha256s) if sha256s else None
+        await self.close()
+        self._pin = pin
+
+    def _match_hint(
+        self, load: StageLoad, hint: FileHint, progress: Callable[[int, int], None], stop: threading.Event
+    ) -> dict[str, _Range]:
         """The stage's tensors that a file of this worker holds, by hash. A file that is no use gives none."""
         wanted = {spec.name: spec for spec in load.tensors}
-        found: dict[str, _Range] = {}
         for path in _candidates(hint):
             with contextlib.suppress(ModelError, OSError):  # unreadable or not a checkpoint: the next source has it
                 if path.stat().st_size != hint.num_bytes:
@@ -198,13 +201,22 @@ class WeightReceiver:
                     for name, stored in file.tensors.items()
                     if name in wanted and stored.num_bytes == wanted[name].num_bytes
                 ]
-                hashed = hash_tensors(file, names, cache_dir=self._cache_dir, stop=stop, num_threads=self._num_threads)
-                for spec in hashed:
-                    if spec.sha256 == wanted[spec.name].sha256:
-                        found[spec.sha256] = _Range(path=path, offset=file.tensors[spec.name].offset, identity=identity)
+                hashed = hash_tensors(
+                    file,
+                    names,
+                    cache_dir=self._cache_dir,
+                    progress=progress,
+                    stop=stop,
+                    num_threads=self._num_threads,
+                )
+                found = {
+                    spec.sha256: _Range(path=path, offset=file.tensors[spec.name].offset, identity=identity)
+                    for spec in hashed
+                    if spec.sha256 == wanted[spec.name].sha256
+                }
                 if found:
                     return found
-        return found
+        return {}
 
 
 class _Loading:
@@ -228,19 +240,31 @@ class _Loading:
         self._from_cache = 0
         self._partials: dict[str, PartialTensor] = {}
         self._send = send
-        self._sent_progress_s = -math.inf
+        self._hashed_bytes = 0  # of the file that is looked through now
+        self._reported_s = -math.inf
+        self._reported_bytes = -1
         # One thread for all that is written: a write that a cancelled load left behind ends before its file is closed.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._hashers = ThreadPoolExecutor(num_threads, thread_name_prefix="verify")
 
-    async def search(self, hints: tuple[FileHint, ...], match_hint: Callable[[FileHint], dict[str, _Range]]) -> None:
-        """Look through the worker's own files, then through its cache."""
+    @property
+    def missing(self) -> frozenset[str]:
+        """The hashes that no source had so far."""
+        return frozenset(self._missing)
+
+    async def search_files(self, hints: tuple[FileHint, ...], match_hint: MatchHint) -> None:
+        """Look through the worker's own files."""
         for hint in hints:
-            if self._missing:
-                ranges = await asyncio.to_thread(match_hint, hint)
-                for sha256 in ranges.keys() & self._missing.keys():
-                    self._from_disk += self._take_from(sha256, ranges[sha256])
-                await self._report()
+            if not self._missing:
+                return
+            ranges = await self._look_into(hint, match_hint)
+            self._hashed_bytes = 0
+            for sha256 in ranges.keys() & self._missing.keys():
+                self._from_disk += self._take_from(sha256, ranges[sha256])
+            await self._report()
+
+    async def search_cache(self) -> None:
+        """Look through the cache."""
         loop = asyncio.get_running_loop()
         checks = [loop.run_in_executor(self._hashers, self._check_cached, s) for s in list(self._missing.values())]
         for check in asyncio.as_completed(checks):
@@ -356,11 +380,23 @@ class _Loading:
     async def _in_writer(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
+    async def _look_into(self, hint: FileHint, match_hint: MatchHint) -> dict[str, _Range]:
+        """Look into one file in a thread, and tell the master how it goes."""
+        future = asyncio.get_running_loop().run_in_executor(None, match_hint, hint, self._note_hashed, self.stop)
+        while not (await asyncio.wait([future], timeout=PROGRESS_INTERVAL_S))[0]:
+            await self._report()
+        return future.result()
+
+    def _note_hashed(self, done_bytes: int, _total_bytes: int) -> None:
+        self._hashed_bytes = done_bytes
+
     async def _report(self, *, last: bool = False) -> None:
+        """Tell the master about progress, if there was any. It takes silence for a sign that we hang."""
         now = time.monotonic()
-        if last or now - self._sent_progress_s >= PROGRESS_INTERVAL_S:
-            self._sent_progress_s = now
-            await self._send(LoadProgress(phase="receive", done_bytes=self._done_bytes, total_bytes=self._total_bytes))
+        done_bytes = min(self._done_bytes + self._hashed_bytes, self._total_bytes)
+        if last or (now - self._reported_s >= PROGRESS_INTERVAL_S and done_bytes != self._reported_bytes):
+            self._reported_s, self._reported_bytes = now, done_bytes
+            await self._send(LoadProgress(phase="receive", done_bytes=done_bytes, total_bytes=self._total_bytes))
 
 
 def _check_specs(tensors: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:

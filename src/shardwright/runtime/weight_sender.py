@@ -135,7 +135,7 @@ class _Sending:
         stall_timeout_s: float,
     ) -> LoadDone:
         async for reply in replies:
-            limit.reschedule(asyncio.get_running_loop().time() + stall_timeout_s)
+            _set_limit(limit, stall_timeout_s)
             match reply:
                 case WeightsNeeded():
                     if needed.done():
@@ -191,10 +191,14 @@ class _Sending:
                     data = await asyncio.to_thread(self._checkpoint.read, spec.name, offset, length)
                 except ShardwrightError as exc:
                     self._failure = exc
-                    limit.reschedule(0)  # ends the call now, whatever the transport does with a failed sender
+                    _set_limit(limit, 0.0)  # ends the call now, whatever the transport does with a failed sender
                     return
                 sent += length
                 self._progress(SentProgress(worker_id=self._worker_id, sent_bytes=sent, total_bytes=total))
                 yield WeightChunk(sha256=spec.sha256, offset=offset, data=data)
-                with contextlib.suppress(RuntimeError):  # the call has just ended; the transport will stop us
-                    limit.reschedule(asyncio.get_running_loop().time() + stall_timeout_s)
+                _set_limit(limit, stall_timeout_s)
+
+
+def _set_limit(limit: asyncio.Timeout, timeout_s: float) -> None:
+    with contextlib.suppress(RuntimeError):  # the call has just ended; the transport will stop its sender
+        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
