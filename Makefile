@@ -38,7 +38,8 @@ $(STAMP): pyproject.toml
 	echo "Making $(VENV) with `"$$found" --version`"; \
 	"$$found" -m venv $(VENV) || { \
 	  echo "'$$found -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+	$(BIN)/python -m pip install $$quiet --editable '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=2 processes on this machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from shardwright.cli import aio, options
 from shardwright.cli.console import one_sentence, say, stdout_console, warn
-from shardwright.config import DEFAULT_PORT, GIB
+from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.registry import Change, Registry, WorkerEntry
 from shardwright.types import HeartbeatReport, WorkerDescription
@@ -71,9 +72,7 @@ def worker(
         # Whoever starts workers from a program reads this line to learn the port.
         print(f"Worker node started on port {address.rpartition(':')[2]}", flush=True)
 
-    from shardwright.runtime.worker import run_worker
-
-    serving = run_worker(settings, announce=announce)
+    serving = serve_worker(settings, announce=announce)
     try:
         aio.run(aio.until_stdin_closes(serving) if exit_with_stdin else serving)
     except KeyboardInterrupt:
@@ -106,7 +105,7 @@ def register(
         Change.UNCHANGED: f"{entry.username} at {entry.address} was registered already",
     }
     print(what[change], flush=True)
-    probe = aio.run(probe_all((entry,), grpc_transport()))[0]
+    probe = aio.run(probe_all((entry,), grpc_transport(settings)))[0]
     if probe.problem:
         warn(
             f"{entry.username} does not answer at {entry.address} ({probe.problem}); "
@@ -126,7 +125,7 @@ def workers(
     if not entries and not as_json:
         say(f"{settings.registry} lists no worker; add one with: shardwright register --ip ADDRESS --username NAME")
         return
-    probes = aio.run(probe_all(entries, grpc_transport())) if entries else []
+    probes = aio.run(probe_all(entries, grpc_transport(settings))) if entries else []
     if as_json:
         print(json.dumps([probe.as_json() for probe in probes], indent=2))
         return
@@ -165,11 +164,18 @@ class Probe:
         }
 
 
-def grpc_transport() -> Transport:
+def grpc_transport(config: MasterConfig) -> Transport:
     """The transport that real workers speak; imported late because grpc takes a while to load."""
-    from shardwright.transport.grpc_transport import GrpcTransport
+    from shardwright.transport.grpc import GrpcTransport
 
-    return GrpcTransport()
+    return GrpcTransport(max_frame_bytes=config.max_frame_bytes)
+
+
+async def serve_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
+    """Serve until cancelled; imported late because torch takes seconds to load."""
+    from shardwright.runtime.worker_process import run_worker
+
+    await run_worker(config, announce=announce)
 
 
 async def probe_all(entries: tuple[WorkerEntry, ...], transport: Transport) -> list[Probe]:

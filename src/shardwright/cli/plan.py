@@ -83,7 +83,7 @@ async def _plan(
         entries = await stack.enter_async_context(
             workers_for(config, local_workers=local_workers, options=worker_options)
         )
-        known, silent = await meet_workers(grpc_transport(), entries, timeout_s=config.connect_timeout_s)
+        known, silent = await meet_workers(grpc_transport(config), entries, timeout_s=config.connect_timeout_s)
         for worker in known:
             stack.push_async_callback(worker.client.close)
         if not known:

@@ -36,12 +36,13 @@ class Prompt:
 
 
 def read_prompts(
-    *, argument: str | None, file: Path | None, ids: Sequence[str], split: Split, stdin: TextIO = sys.stdin
+    *, argument: str | None, file: Path | None, ids: Sequence[str], split: Split, stdin: TextIO | None = None
 ) -> list[Prompt]:
     """All prompts of the one source that was named; standard input if it is not a terminal and no other was.
 
     Raises `ConfigError` for none or several sources and `InvalidRequestError` for an empty or malformed prompt.
     """
+    stdin = stdin or sys.stdin
     named = [
         name
         for name, given in (("a prompt", argument is not None), ("--file", file is not None), ("--prompt-ids", ids))

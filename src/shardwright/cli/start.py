@@ -65,16 +65,16 @@ async def session_for(
     config: MasterConfig, *, local_workers: int, options: Sequence[str] = ()
 ) -> AsyncIterator[Session]:
     """A session on the workers that the command uses; the model is looked at before any worker is started."""
-    from shardwright.runtime.session import open_model, open_session
-
     async with contextlib.AsyncExitStack() as stack:
-        progress = stack.enter_context(StartProgress(stderr_console()))
-        if not local_workers:
+        if not local_workers:  # an empty registry is told at once, before torch is imported
             entries = await stack.enter_async_context(workers_for(config, local_workers=0))
+        from shardwright.runtime.session import open_model, open_session
+
+        progress = stack.enter_context(StartProgress(stderr_console()))
         model = await open_model(config, progress)
         if local_workers:
             entries = await stack.enter_async_context(workers_for(config, local_workers=local_workers, options=options))
         session = await stack.enter_async_context(
-            open_session(config, entries, listener=progress, transport=grpc_transport(), model=model)
+            open_session(config, entries, listener=progress, transport=grpc_transport(config), model=model)
         )
         yield session
