@@ -51,7 +51,7 @@ CLUSTER_FIELDS: Final[Mapping[str, str]] = {
 
 WORKER_FIELDS: Final[Mapping[str, str]] = {
     "worker": "its name",
-    "status": "its state in the master's eyes: JOINING, LOADING, READY, LOST",
+    "status": "its state in the master's eyes: joining, loading, ready, lost",
     "reason": "why it was lost; empty otherwise",
     "timestamp": "when the worker took the figures of this row, its own clock, in seconds since 1970; "
     "null before its first heartbeat, and with it all figures below",
@@ -97,7 +97,7 @@ def _cluster(snapshot: ClusterSnapshot) -> dict[str, object]:
         "epoch": snapshot.epoch,
         "stages": len(snapshot.stages),
         "workers": len(snapshot.workers),
-        "workers_lost": sum(worker.status.upper() == "LOST" for worker in snapshot.workers),
+        "workers_lost": sum(worker.status == "lost" for worker in snapshot.workers),
         "requests_waiting": snapshot.num_waiting,
         "requests_running": snapshot.num_running,
         "requests_finished": {reason.value: count for reason, count in snapshot.finished},

@@ -340,7 +340,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads")
+    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -354,6 +354,9 @@ class WorkerDescription(_message.Message):
     READ_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     MATRIX_RATE_FIELD_NUMBER: _ClassVar[int]
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     torch_version: str
@@ -367,7 +370,10 @@ class WorkerDescription(_message.Message):
     read_bandwidth: float
     matrix_rate: float
     num_threads: int
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ...) -> None: ...
+    last_epoch: int
+    shared_memory_bytes: int
+    in_use: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ()

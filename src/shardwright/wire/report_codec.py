@@ -49,6 +49,9 @@ def encode_description(description: WorkerDescription) -> bytes:
         read_bandwidth=description.read_bandwidth,
         matrix_rate=description.matrix_rate,
         num_threads=description.num_threads,
+        last_epoch=description.last_epoch,
+        shared_memory_bytes=description.shared_memory_bytes,
+        in_use=description.in_use,
     )
     return checks.serialize(message)
 
@@ -72,6 +75,9 @@ def decode_description(raw: bytes) -> WorkerDescription:
         read_bandwidth=checks.number("WorkerDescription.read_bandwidth", source.read_bandwidth),
         matrix_rate=checks.number("WorkerDescription.matrix_rate", source.matrix_rate),
         num_threads=source.num_threads,
+        last_epoch=source.last_epoch,
+        shared_memory_bytes=source.shared_memory_bytes,
+        in_use=source.in_use,
     )
 
 
