@@ -53,7 +53,7 @@ class FakeNetwork:
 @pytest.fixture
 def network(monkeypatch):
     network = FakeNetwork()
-    monkeypatch.setattr(cluster, "grpc_transport", lambda config: network)
+    monkeypatch.setattr(cluster, "grpc_transport", lambda _config: network)
     return network
 
 
