@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +61,12 @@ class Checkpoint:
         self.config_json = config_json
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(dict(tensors))
         self.files = files
+
+    @classmethod
+    def open(cls, weights: Sequence[Path]) -> Checkpoint:
+        """Open a model by its weight files: one GGUF file, or safetensors with their config (and index) beside them."""
+        assert weights, "a model has at least one weight file"
+        return open_checkpoint(weights[0] if weights[0].suffix == ".gguf" else weights[0].parent)
 
     @property
     def file_sizes(self) -> dict[Path, int]:
