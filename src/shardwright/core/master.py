@@ -123,7 +123,7 @@ class MasterState:
                 return self._on_joined(event, now)
             case Deploy():
                 self._redeploys = 0
-                return self._deploy(now)
+                return self._deploy(now, after="")
             case StageLoaded():
                 return self._on_loaded(event)
             case StageLoadFailed():
@@ -225,12 +225,12 @@ class MasterState:
 
     # --- pipelines ---------------------------------------------------------------------------------
 
-    def _deploy(self, now: float) -> list[MasterEffect]:
-        """Place the model and begin a new epoch."""
+    def _deploy(self, now: float, *, after: str) -> list[MasterEffect]:
+        """Place the model and begin a new epoch; `after` is what made it necessary, for the message of a failure."""
         try:
             placement = place(self._costs, self._cluster.usable(), self._placement_settings)
         except PlacementError as exc:
-            return self._fail(str(exc))
+            return self._fail(f"{after}{exc}")
         self.placement = placement
         effects = self._close()
         self._epoch += 1
@@ -297,9 +297,9 @@ class MasterState:
         if not self._settings.recover:
             return self._fail(reason)
         if self._redeploys >= self._settings.max_redeploys:
-            return self._fail(f"{reason}; gave up after {self._redeploys} new pipelines without one finished step")
+            return self._fail(f"{reason}; gave up after {self._redeploys} recoveries without one finished step")
         self._redeploys += 1
-        return self._deploy(now)
+        return self._deploy(now, after=f"{reason}; the model can't be placed again: ")
 
     def _on_loaded(self, event: StageLoaded) -> list[MasterEffect]:
         worker = self._cluster.workers.get(event.worker_id)
