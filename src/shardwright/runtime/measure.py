@@ -63,7 +63,7 @@ def resolve_device(name: str) -> torch.device:
 
     present = available_devices()
     if name == "auto":
-        return torch.device(present[-1] if present[-1] == "mps" else present[min(1, len(present) - 1)])
+        return torch.device(present[min(1, len(present) - 1)])  # the first GPU, if there is one
     if re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) is None:
         raise ConfigError(
             f"device is {name!r}; choose auto, cpu, cuda, cuda:N or mps (this machine has {', '.join(present)})"

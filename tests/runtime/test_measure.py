@@ -1,0 +1,224 @@
+"""What a worker finds out about its machine."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from shardwright.errors import ConfigError
+from shardwright.runtime import measure
+from shardwright.runtime.measure import (
+    Memory,
+    available_devices,
+    device_memory,
+    device_name,
+    host_id,
+    machine_memory,
+    measure_speed,
+    offered_bytes,
+    resolve_device,
+    usable_cores,
+)
+from shardwright.runtime.probe import Machine, gpu_address
+
+CPU = torch.device("cpu")
+
+
+# --- the device --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that says it has two CUDA GPUs, as far as naming them goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)
+def test_names_lead_to_devices(two_gpus, name, expected):
+    assert str(resolve_device(name)) == expected
+
+
+def test_auto_is_the_cpu_without_a_gpu(no_gpu):
+    assert available_devices() == ("cpu",)
+    assert resolve_device("auto") == CPU
+
+
+def test_auto_is_the_apple_gpu_where_there_is_one(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu:0", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu\n", "meta"])
+def test_an_unknown_device_is_refused_with_those_that_exist(two_gpus, name):
+    with pytest.raises(ConfigError, match=r"choose auto, cpu, cuda, cuda:N or mps .*cpu, cuda:0, cuda:1"):
+        resolve_device(name)
+
+
+def test_an_absent_device_is_refused_with_those_that_exist(two_gpus):
+    with pytest.raises(ConfigError, match=re.escape("'cuda:7', but this machine has only cpu, cuda:0, cuda:1")):
+        resolve_device("cuda:7")
+
+
+def test_a_gpu_on_a_machine_without_one_is_refused(no_gpu):
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(ConfigError, match="this machine has only cpu;"):
+            resolve_device(name)
+
+
+def test_the_cpu_has_a_name():
+    assert device_name(CPU).strip()
+
+
+# --- memory and cores --------------------------------------------------------------------------------
+
+
+def test_memory_is_the_machines_or_less():
+    memory = device_memory(CPU)
+    assert 0 < memory.available <= memory.total <= psutil.virtual_memory().total
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """Control groups made of files; gives a function that writes one."""
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+    root.mkdir()
+    membership.write_text("0::/app/worker\n5:memory:/pod\n3:cpu,cpuacct:/pod\n")
+    folders = measure._cgroup_folders
+    monkeypatch.setattr(measure, "_cgroup_folders", lambda controller: folders(controller, root, membership))
+
+    def write(path, text):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    return write
+
+
+GIB = 1024**3
+
+
+def test_a_containers_limit_counts_without_its_droppable_file_cache(cgroups):
+    cgroups("app/memory.max", f"{GIB}\n")
+    cgroups("app/memory.current", f"{GIB // 2}\n")
+    cgroups("app/memory.stat", f"anon 1\ninactive_file {GIB // 4}\nactive_file 3\n")
+    cgroups("app/worker/memory.max", "max\n")
+    cgroups("app/worker/memory.current", "17\n")
+    memory = machine_memory()
+    assert memory.total == GIB
+    assert memory.available == min(GIB * 3 // 4, psutil.virtual_memory().available)
+
+
+def test_an_older_kernels_limit_counts_too(cgroups):
+    cgroups("memory/pod/memory.limit_in_bytes", f"{GIB // 8}\n")
+    cgroups("memory/pod/memory.usage_in_bytes", f"{GIB}\n")
+    assert machine_memory() == Memory(total=GIB // 8, available=0)
+
+
+def test_without_limits_the_machines_memory_stays(cgroups):
+    cgroups("memory/pod/memory.limit_in_bytes", "9223372036854771712\n")
+    cgroups("memory/pod/memory.usage_in_bytes", "5\n")
+    cgroups("app/memory.max", "nonsense\n")
+    assert machine_memory().total == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cores"),
+    [("app/cpu.max", "150000 100000\n", 2), ("app/cpu.max", "max 100000\n", 4), ("app/cpu.max", "10000 100000\n", 1)],
+)
+def test_a_containers_share_of_the_cores_counts(cgroups, monkeypatch, file, text, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    cgroups(file, text)
+    assert usable_cores() == cores
+
+
+def test_an_older_kernels_share_of_the_cores_counts_too(cgroups, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    cgroups("cpu/pod/cpu.cfs_quota_us", "300000\n")
+    cgroups("cpu/pod/cpu.cfs_period_us", "100000\n")
+    assert usable_cores() == 3
+
+
+def test_a_worker_offers_most_of_what_is_free_and_no_more_than_its_limit():
+    memory = Memory(total=1000, available=500)
+    assert offered_bytes(memory, limit_bytes=0) == 450
+    assert offered_bytes(memory, limit_bytes=300) == 300
+    assert offered_bytes(memory, limit_bytes=900) == 450
+
+
+# --- host and speed ----------------------------------------------------------------------------------
+
+
+def test_processes_of_one_machine_have_one_host_id():
+    code = "from shardwright.runtime.measure import host_id; print(host_id())"
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert other.stdout.strip() == host_id()
+    assert re.fullmatch(r"[0-9a-f]{16}", host_id())
+
+
+def test_machines_differ_by_their_boot_and_without_one_by_their_names(monkeypatch):
+    real = host_id()
+    monkeypatch.setattr(measure, "_read", lambda _: None)
+    nameless = host_id()
+    monkeypatch.setattr(measure.socket, "gethostname", lambda: "another")
+    assert len({real, nameless, host_id()}) == 3
+
+
+def test_a_measurement_is_short_plausible_and_gives_its_memory_back():
+    """The bounds are far apart: from a busy small board to the fastest server."""
+    before = psutil.Process().memory_info().rss
+    threads = torch.get_num_threads()
+    start = time.perf_counter()
+    speed = measure_speed(CPU, num_threads=1)
+    assert time.perf_counter() - start < 10
+    assert 1e8 < speed.read_bandwidth < 1e13
+    assert 1e8 < speed.matrix_rate < 1e16
+    assert torch.get_num_threads() == threads
+    assert psutil.Process().memory_info().rss - before < measure.READ_BUFFER_BYTES // 2
+
+
+def test_a_machine_describes_itself():
+    machine = Machine(device="cpu", threads=1, memory_bytes=123_456)
+    description = machine.describe()
+    assert (description.device, description.num_threads, description.pid) == ("cpu", 1, os.getpid())
+    assert description.memory_available_bytes == 123_456
+    assert 123_456 < description.shared_memory_bytes < description.memory_total_bytes
+    assert description.torch_version == torch.__version__
+    assert description.host_id == host_id()
+    report = machine.report(epoch=3, queue_depth=1, steps_done=2, busy_s=0.5, uptime_s=9.0, timings=())
+    assert (report.epoch, report.queue_depth, report.steps_done) == (3, 1, 2)
+    assert report.device_name == description.device_name
+
+
+def test_a_machine_refuses_a_device_that_is_not_there():
+    with pytest.raises(ConfigError, match="cuda:99"):
+        Machine(device="cuda:99", threads=1, memory_bytes=0)
+
+
+def test_a_worker_on_the_cpu_watches_the_machines_first_gpu():
+    assert (gpu_address(CPU).index, gpu_address(CPU).uuid) == (0, "")
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_itself():
+    device = resolve_device("cuda")
+    speed = measure_speed(device, num_threads=1)
+    assert 1e10 < speed.read_bandwidth < 1e14
+    assert 1e11 < speed.matrix_rate < 1e17
+    assert 0 < device_memory(device).available <= device_memory(device).total
+    assert gpu_address(device).uuid
