@@ -28,7 +28,7 @@ def fill_computed_tensors(
         dtype = outline.dtypes.get(name, meta.dtype)
         empty = _poisoned(meta.shape, dtype, device)
         setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if isinstance(meta, nn.Parameter) else empty)
-    with torch.no_grad(), initialization.guard_torch_init_functions():
+    with CONSTRUCTION, torch.no_grad(), initialization.guard_torch_init_functions():
         _initialize(model, outline.model)
     for name in filled:
         module, leaf = _owner(model, name)

@@ -141,7 +141,7 @@ def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention:
         if getattr(config, flag, False):
             setattr(config, flag, False)
     try:
-        with torch.device("meta"), _quiet():
+        with CONSTRUCTION, torch.device("meta"), _quiet():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )

@@ -31,7 +31,12 @@ def draw_outline(model: nn.Module, config: Any, dtype: torch.dtype) -> Outline:
     it, and so do the modules that a family wants in float32.
     """
     config = copy.deepcopy(config)
-    with torch.device("meta"), initialization.no_tie_weights(), initialization.meta_device_safe_creation_ops():
+    with (
+        CONSTRUCTION,
+        torch.device("meta"),
+        initialization.no_tie_weights(),
+        initialization.meta_device_safe_creation_ops(),
+    ):
         if isinstance(model, PreTrainedModel):
             whole = type(model)._from_config(config, dtype=dtype, attn_implementation="eager")  # noqa: SLF001  what AutoModel.from_config calls
         else:
