@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, initialization
 
 from shardwright.errors import UnsupportedModelError
+from shardwright.model.construction import CONSTRUCTION
 from shardwright.model.outline import Outline
 
 

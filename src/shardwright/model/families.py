@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from shardwright.errors import CheckpointError, UnsupportedModelError
 from shardwright.model.attention import ATTENTION_NAME
+from shardwright.model.construction import CONSTRUCTION
 from shardwright.model.probe import PROBE_NAME, Probed, ProbeError, probe
 from shardwright.model.skeleton import EmptyOutput, PassThrough
 from shardwright.model.supported import SPLITTABLE_FAMILIES

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers.core_model_loading import build_glob_alternation
 
+from shardwright.model.construction import CONSTRUCTION
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
