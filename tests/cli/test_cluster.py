@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from shardwright import __version__
 from shardwright.cli import cluster
 from shardwright.cli.nodes import master_node
 from shardwright.config import WorkerConfig
@@ -17,7 +18,7 @@ from shardwright.types import PROTOCOL_VERSION, WorkerDescription
 from .conftest import report
 
 ALIVE = WorkerDescription(
-    protocol_version=PROTOCOL_VERSION, package_version="0.1.0", torch_version="t", transformers_version="t",
+    protocol_version=PROTOCOL_VERSION, package_version=__version__, torch_version="t", transformers_version="t",
     host_id="h", pid=1, device="cpu", device_name="Some CPU", memory_total_bytes=8 * 2**30,
     memory_available_bytes=6 * 2**30, read_bandwidth=1e10, matrix_rate=1e11, num_threads=2,
 )  # fmt: skip
@@ -30,7 +31,7 @@ class FakeClient:
     async def describe(self, *, timeout_s):
         await asyncio.sleep(self.network.delay_s)
         if self.address not in self.network.alive:
-            raise WorkerUnreachableError(f"nobody answers at {self.address}")
+            raise WorkerUnreachableError(f"no answer at {self.address}")
         return ALIVE
 
     async def heartbeat(self, *, timeout_s):
@@ -73,8 +74,7 @@ def test_a_worker_is_registered(run_cli, network, tmp_path):
 def test_an_unreachable_worker_is_registered_with_a_warning(run_cli, network, tmp_path):
     outcome = run_cli(*REGISTER)
     assert outcome.code == 0
-    assert "warning: worker1 does not answer at 192.168.1.101:50051" in outcome.err
-    assert "python3 worker_node.py" in outcome.err
+    assert outcome.err == "warning: it is registered, but there is no answer at 192.168.1.101:50051\n"
     assert len(json.loads((tmp_path / "workers.json").read_text())) == 1
     assert network.closed == 1
 
@@ -109,8 +109,17 @@ def test_workers_shows_who_answers_and_who_does_not(run_cli, network):
     outcome = run_cli("workers")
     rows = [line for line in outcome.out.splitlines() if "10.0.0." in line]
     assert outcome.code == 0
-    assert ["idle" in rows[0], "holds a stage" in rows[1], "nobody answers" in rows[2]] == [True] * 3
+    assert ["idle" in rows[0], "in use" in rows[1], "no answer" in rows[2]] == [True] * 3
     assert "6.0 of 8.0 GiB" in rows[0]
+    assert outcome.out.splitlines()[-1] == "w3: no answer at 10.0.0.3:50051"
+
+
+def test_a_worker_of_another_version_is_pointed_out(run_cli, network, monkeypatch):
+    network.alive = {"10.0.0.1:50051": 0}
+    run_cli("register", "--ip", "10.0.0.1", "--username", "w1")
+    assert "runs shardwright" not in run_cli("workers").out
+    monkeypatch.setattr(cluster, "__version__", "9.9.9")
+    assert f"w1 runs shardwright {__version__}, this is 9.9.9" in run_cli("workers").out
 
 
 def test_workers_as_json_is_a_list_with_one_object_a_worker(run_cli, network):
@@ -119,7 +128,7 @@ def test_workers_as_json_is_a_list_with_one_object_a_worker(run_cli, network):
         run_cli("register", "--ip", f"10.0.0.{n}", "--username", f"w{n}")
     first, second = json.loads(run_cli("workers", "--json").out)
     assert (first["username"], first["alive"], first["problem"], first["epoch"]) == ("w1", True, None, 0)
-    assert (second["alive"], second["problem"]) == (False, "nobody answers at 10.0.0.2:50051")
+    assert (second["alive"], second["problem"]) == (False, "no answer at 10.0.0.2:50051")
     assert second["device"] is None
 
 
@@ -235,4 +244,4 @@ def test_registering_a_silent_address_does_not_hang(run_cli):
         silent.listen()
         outcome = run_cli("register", "--ip", "127.0.0.1", "--port", silent.getsockname()[1], "--username", "w")
     assert outcome.code == 0
-    assert "warning: w does not answer" in outcome.err
+    assert "warning: it is registered, but there is no answer" in outcome.err

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from shardwright import __version__
 from shardwright.cli import aio, options
 from shardwright.cli.console import one_sentence, say, stdout_console, warn
 from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
@@ -107,10 +108,7 @@ def register(
     print(what[change], flush=True)
     probe = aio.run(probe_all((entry,), grpc_transport(settings)))[0]
     if probe.problem:
-        warn(
-            f"{entry.username} does not answer at {entry.address} ({probe.problem}); "
-            "start it there with: python3 worker_node.py"
-        )
+        warn(f"it is registered, but there is {probe.problem}")
 
 
 def workers(
@@ -129,7 +127,10 @@ def workers(
     if as_json:
         print(json.dumps([probe.as_json() for probe in probes], indent=2))
         return
-    stdout_console().print(_table(probes))
+    console = stdout_console()
+    console.print(_table(probes))
+    for remark in _remarks(probes):
+        console.print(remark, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,11 +198,13 @@ async def _probe(entry: WorkerEntry, transport: Transport) -> Probe:
 
 
 def _table(probes: list[Probe]) -> Table:
-    table = Table("worker", "address", "state", "device", "memory free", "use", "round trip", "version")
+    table = Table()
+    for name in ("worker", "address", "state", "device", "memory free", "use", "round trip"):
+        table.add_column(name, overflow="fold")
     for probe in probes:
         about, report = probe.description, probe.report
         if about is None or report is None:
-            table.add_row(probe.entry.username, probe.entry.address, f"[red]{probe.problem}[/red]", *["-"] * 5)
+            table.add_row(probe.entry.username, probe.entry.address, "[red]no answer[/red]", *["-"] * 4)
             continue
         use = f"CPU {report.cpu_utilization:.0f} %"
         if report.gpu_utilization is not None:
@@ -209,13 +212,22 @@ def _table(probes: list[Probe]) -> Table:
         table.add_row(
             probe.entry.username,
             probe.entry.address,
-            "[green]idle[/green]"
-            if report.epoch == 0
-            else f"[yellow]holds a stage, {report.queue_depth} waiting[/yellow]",
+            "[green]idle[/green]" if report.epoch == 0 else f"[yellow]in use, {report.queue_depth} waiting[/yellow]",
             f"{about.device} ({about.device_name})",
             f"{about.memory_available_bytes / GIB:.1f} of {about.memory_total_bytes / GIB:.1f} GiB",
             use,
             f"{(probe.round_trip_s or 0.0) * 1000:.1f} ms",
-            about.package_version,
         )
     return table
+
+
+def _remarks(probes: list[Probe]) -> list[str]:
+    """What needs more words than a cell has: why a worker does not answer, and versions that differ from ours."""
+    remarks = []
+    for probe in probes:
+        if probe.problem:
+            remarks.append(f"{probe.entry.username}: {probe.problem}")
+        elif probe.description is not None and probe.description.package_version != __version__:
+            theirs = probe.description.package_version
+            remarks.append(f"{probe.entry.username} runs shardwright {theirs}, this is {__version__}")
+    return remarks

@@ -125,7 +125,7 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
         f"{model.costs.name}, {model.dtype}, {model.costs.num_layers} layers, {placement.num_blocks} KV blocks",
         markup=False,
     )
-    table = Table("stage", "worker", "layers", "weights MiB", "KV MiB", "step ms", "why")
+    table = Table("stage", "worker", "layers", "weights MiB", "KV MiB", "step ms")
     for column in table.columns[2:6]:
         column.justify = "right"
     for index, stage in enumerate(placement.stages):
@@ -136,14 +136,16 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
             f"{stage.weight_bytes / MIB:.1f}",
             f"{stage.kv_bytes / MIB:.1f}",
             f"{stage.step_s * 1000:.2f}",
-            stage.reason,
         )
     console.print(table)
+    for index, stage in enumerate(placement.stages):
+        console.print(f"stage {index}: {stage.reason}", markup=False, soft_wrap=True)
     for left_out in placement.left_out:
-        console.print(f"not used: {left_out.worker_id}: {left_out.reason}", markup=False)
+        console.print(f"not used: {left_out.worker_id}: {left_out.reason}", markup=False, soft_wrap=True)
     console.print(
         f"Predicted from what the workers measured: {placement.latency_s * 1000:.2f} ms for a step of one sequence.",
         markup=False,
+        soft_wrap=True,
     )
 
 

@@ -1,0 +1,167 @@
+"""`plan`, `verify` and `cache` from the shell's side."""
+
+import contextlib
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from shardwright.cli import plan as plan_module
+from shardwright.core.placement import PlacementSettings, place
+from shardwright.runtime.verify import Difference, Verdict
+from shardwright.types import ModelCosts, WorkerCapacity
+
+COSTS = ModelCosts(
+    name="toy", hidden_size=8, layer_bytes=(2**20,) * 6, layer_kv_bytes_per_token=(64,) * 6, embedding_bytes=2**20,
+    head_bytes=2**20, tied_embedding=False, activation_bytes_per_token=16, max_context=2048,
+)  # fmt: skip
+MODEL = SimpleNamespace(costs=COSTS, dtype="float32")
+
+
+def worker(name, memory_bytes):
+    return WorkerCapacity(
+        worker_id=name, host_id=name, device="cpu", memory_bytes=memory_bytes, read_bandwidth=1e10, matrix_rate=1e11
+    )
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    workers = [worker("big", 2**30), worker("small", 2**29), worker("tiny", 1000)]
+
+    async def fake(config, *, local_workers, worker_options):
+        return MODEL, place(COSTS, workers, PlacementSettings(max_kv_tokens=config.kv_tokens))
+
+    monkeypatch.setattr(plan_module, "_plan", fake)
+
+
+def test_a_plan_says_what_goes_where_and_why(run_cli, planned):
+    outcome = run_cli("plan", "--model", "toy")
+    assert outcome.code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if "│" in line]
+    assert [row[1] for row in rows] == ["big", "small"]
+    assert rows[0][2].startswith("0-")
+    assert rows[1][2].endswith("-5")
+    assert "stage 0: " in outcome.out
+    assert "not used: tiny: it can't hold even one layer" in outcome.out
+    assert "toy, float32, 6 layers, 4096 KV blocks" in outcome.out
+
+
+def test_a_plan_as_json_covers_every_layer_once(run_cli, planned):
+    plan = json.loads(run_cli("plan", "--json", "--kv-tokens", "1600").out)
+    stages = plan["stages"]
+    assert [stages[0]["start"], stages[0]["end"], stages[-1]["end"]] == [0, stages[1]["start"], 6]
+    assert plan["num_blocks"] == 100
+    assert [each["worker"] for each in plan["left_out"]] == ["tiny"]
+    assert sum(stage["weight_bytes"] for stage in stages) == 8 * 2**20
+
+
+def test_a_plan_without_workers_says_what_to_do(run_cli, tmp_path):
+    outcome = run_cli("plan", "--model", tmp_path / "none")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+
+
+def difference(margin):
+    return Difference(index=7, split_token=5, whole_token=None, margin=margin, rounding=0.25)
+
+
+def verdict(found=None):
+    return Verdict(prompt=(1, 2), split_tokens=(3,) * 8, whole_tokens=(3,) * 8, difference=found)
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    seen = SimpleNamespace(verdicts=[verdict()], asked=None)
+
+    async def fake(config, **asked):
+        seen.asked = asked
+        return MODEL, seen.verdicts
+
+    monkeypatch.setattr("shardwright.runtime.verify.verify", fake)
+    return seen
+
+
+def test_identical_answers_are_called_so(run_cli, verified):
+    outcome = run_cli("verify", "one", "two", "--stages", "4", "--max-new-tokens", "8")
+    assert outcome.code == 0
+    assert outcome.out == (
+        "prompt 1: identical, 8 tokens after 2\ntoy in 4 stages, float32: identical to the whole model\n"
+    )
+    assert verified.asked["num_stages"] == 4
+    assert list(verified.asked["prompts"]) == ["one", "two"]
+
+
+def test_a_difference_is_an_error_that_says_where(run_cli, verified):
+    verified.verdicts = [verdict(), verdict(difference(1.5))]
+    outcome = run_cli("verify", "--stages", "9")
+    assert outcome.code == 5
+    assert "prompt 2: first differs at new token 7: split gives token 5, the whole model the end" in outcome.out
+    assert "1.5 apart there, more than rounding (0.25)" in outcome.out
+    assert outcome.err == "error: toy in 6 stages, float32: differs from the whole model on prompt 2\n"
+
+
+def test_a_difference_within_rounding_is_told_but_passes(run_cli, verified):
+    verified.verdicts = [verdict(), verdict(difference(0.125))]
+    outcome = run_cli("verify")
+    assert outcome.code == 0
+    assert "0.125 apart there, within rounding (0.25)" in outcome.out
+    assert outcome.out.endswith("the same within rounding as the whole model\n")
+
+
+@pytest.fixture
+def cached(tmp_path):
+    for letter, size in (("a", 2**20), ("b", 2**19)):
+        folder = tmp_path / "cache" / "tensors" / (letter * 2)
+        folder.mkdir(parents=True)
+        (folder / (letter * 64)).write_bytes(b"\0" * size)
+    os.utime(folder / (letter * 64), (1_000_000, 1_000_000))
+    return tmp_path / "cache"
+
+
+def test_cache_ls_lists_the_least_recently_used_first(run_cli, cached):
+    outcome = run_cli("cache", "ls", "--cache-dir", cached)
+    lines = [line for line in outcome.out.splitlines() if "│" in line]
+    assert ["b" * 16 in lines[0], "a" * 16 in lines[1]] == [True, True]
+    assert "1970-01-12" in lines[0]
+    assert outcome.out.splitlines()[-1].startswith("2 tensors, 1.5 MiB of at most 51200 MiB, in ")
+
+
+def test_cache_ls_as_json(run_cli, cached):
+    first, second = json.loads(run_cli("cache", "ls", "--json", "--cache-dir", cached).out)
+    assert first == {"sha256": "b" * 64, "num_bytes": 2**19, "last_used": 1_000_000.0, "partial": False}
+    assert second["num_bytes"] == 2**20
+
+
+def test_cache_clear_frees_what_was_there(run_cli, cached):
+    assert run_cli("cache", "clear", "--cache-dir", cached).out == f"1.5 MiB freed in {cached}\n"
+    assert run_cli("cache", "ls", "--cache-dir", cached).out.startswith("0 tensors, 0.0 MiB")
+
+
+def test_a_cache_that_is_not_there_is_empty(run_cli, tmp_path):
+    assert run_cli("cache", "clear", "--cache-dir", tmp_path / "none").code == 0
+    assert json.loads(run_cli("cache", "ls", "--json", "--cache-dir", tmp_path / "none").out) == []
+
+
+async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_path, monkeypatch):
+    from shardwright.cli.start import workers_for
+    from shardwright.config import MasterConfig
+    from shardwright.runtime.registry import Registry, WorkerEntry
+
+    started = []
+
+    @contextlib.asynccontextmanager
+    async def fake_local(count, *, options):
+        started.append((count, tuple(options)))
+        yield SimpleNamespace(entries=["local"] * count)
+
+    monkeypatch.setattr("shardwright.runtime.launcher.LocalWorkers", fake_local)
+    config = MasterConfig(registry=tmp_path / "workers.json")
+    entry = WorkerEntry(username="w", ip="10.0.0.1", port=1)
+    Registry(config.registry).add(entry)
+    async with workers_for(config, local_workers=0) as workers:
+        assert tuple(workers) == (entry,)
+    async with workers_for(config, local_workers=2, options=["--threads", "1"]) as workers:
+        assert list(workers) == ["local", "local"]
+    assert started == [(2, ("--threads", "1"))]
