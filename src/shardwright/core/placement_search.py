@@ -4,12 +4,15 @@ Equal workers form a queue; a state is (next layer, how far each queue is used, 
 shared memory may run out). A memoised search over these states is exact; it runs twice, for the lowest bottleneck
 and then, with no stage above that, for the rest. Where the states are too many (many unlike workers), the order is
 fixed instead and only the cut is exact: the best of four orders (as given, slowest first, fastest first, largest
-memory first). Times are whole attoseconds, so that sums don't round and equal is equal.
+memory first). Where even then the states are too many, which takes several devices with several workers each and
+hardly enough memory, such a device's memory is split evenly among its workers. Times are whole attoseconds, so that
+sums don't round and equal is equal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,7 +25,10 @@ ATTO = 10**18
 """Attoseconds in a second."""
 
 _MAX_TRANSITIONS = 600_000
-"""Transitions that one exact search may look at, about half a second; beyond it the order is fixed."""
+"""Transitions that the exact search may look at, about half a second; beyond it the order is fixed."""
+
+_MAX_CUT_TRANSITIONS = 100_000
+"""The same for the cut of one fixed order, where shared memory makes its states many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,15 @@ class _Search:
         may_skip: bool,
         num_stages: int | None,
         cap: int,
+        limit: float,
     ) -> None:
         self._weights = weights
         self._queues = queues
         self._may_skip = may_skip
         self._num_stages = num_stages
         self._cap = cap
+        self._limit = limit  # transitions; more raise `_TooManyStatesError`
+        self._limit = limit
         limits = {w.tracked: w.device_limit for queue in queues for w in queue if w.tracked >= 0}
         self._device_limits = tuple(limit for _, limit in sorted(limits.items()))
         self._device_index = {tracked: index for index, tracked in enumerate(sorted(limits))}
@@ -192,7 +201,7 @@ class _Search:
                 rest = self._solve((layer, taken_after, held))
                 if rest is not None and (best is None or rest[0] < best[0]):
                     best = rest[0], (queue, layer)
-        if self._transitions > _MAX_TRANSITIONS:
+        if self._transitions > self._limit:
             raise _TooManyStatesError
         self._memo[state] = best
         return best
@@ -227,8 +236,11 @@ def find_best(weights: StageWeights, workers: Sequence[Candidate]) -> Found | No
         if len(queues) == 1 and workers[0].tracked < 0:
             return dataclasses.replace(incumbent, is_exact=True)  # equal workers have one order only
         num_stages, cap = most, incumbent.bottleneck
+    if incumbent is not None and math.prod(len(queue) + 1 for queue in queues.values()) > _MAX_TRANSITIONS // 10:
+        return incumbent  # an exact search would be given up
     try:
-        search = _Search(weights, list(queues.values()), may_skip=False, num_stages=num_stages, cap=cap)
+        kinds = list(queues.values())
+        search = _Search(weights, kinds, may_skip=False, num_stages=num_stages, cap=cap, limit=_MAX_TRANSITIONS)
         return search.run(is_exact=True)
     except _TooManyStatesError:
         return incumbent
@@ -290,7 +302,9 @@ def _cut(weights: StageWeights, order: Sequence[Candidate], cap: int) -> Found |
 
 
 def _cut_into(weights: StageWeights, order: Sequence[Candidate], num_stages: int | None, cap: int) -> Found | None:
-    search = _Search(weights, [order], may_skip=num_stages is None, num_stages=num_stages, cap=cap)
+    # Without shared memory there are at most workers x layers states, and the search must not be given up.
+    limit = _MAX_CUT_TRANSITIONS if any(worker.tracked >= 0 for worker in order) else math.inf
+    search = _Search(weights, [order], may_skip=num_stages is None, num_stages=num_stages, cap=cap, limit=limit)
     return search.run(is_exact=False)
 
 
