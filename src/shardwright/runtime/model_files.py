@@ -63,10 +63,11 @@ def resolve_model(name: str, *, cache_dir: Path, progress: Progress) -> ModelFil
 
 
 def _from_hub(repo: str, progress: Progress) -> ModelFiles:
-    from shardwright.model.families import read_config
     from shardwright.runtime.hub import fetch_snapshot
 
     def check_config(config_json: str) -> None:
+        from shardwright.model.families import read_config  # torch, only once the hub has answered
+
         read_config(config_json)
 
     snapshot = fetch_snapshot(repo, check_config=check_config, progress=progress)

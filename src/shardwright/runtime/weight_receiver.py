@@ -286,19 +286,25 @@ class _Loading:
         )
 
     async def take(self, incoming: AsyncIterator[LoadMessage]) -> None:
-        """Store what the master sends, until nothing is missing."""
-        while self._missing:
-            message = await anext(incoming, None)
-            match message:
-                case WeightChunk():
-                    await self._in_writer(lambda chunk=message: self._store(chunk))  # type: ignore[misc]
-                    await self._report()
-                case LoadBegin():
+        """Store what the master sends, until nothing is missing. One chunk is written while the next one comes."""
+        expected = self._total_bytes - self._done_bytes
+        writing: asyncio.Future[None] | None = None
+        try:
+            while expected > 0 and (message := await anext(incoming, None)) is not None:
+                if isinstance(message, LoadBegin):
                     raise ProtocolError("a second LoadBegin in one call")
-                case None:
-                    raise LinkLostError(
-                        f"the master stopped sending weights: {self._done_bytes} of {self._total_bytes} bytes are here"
-                    )
+                if writing is not None:
+                    await writing
+                expected -= memoryview(message.data).nbytes
+                writing = asyncio.get_running_loop().run_in_executor(self._writer, self._store, message)
+                await self._report()
+        finally:
+            if writing is not None:
+                await writing
+        if self._missing:
+            raise LinkLostError(
+                f"the master stopped sending weights: {self._done_bytes} of {self._total_bytes} bytes are here"
+            )
         await self._report(last=True)
 
     async def close(self) -> None:

@@ -1,0 +1,461 @@
+"""A running model for as long as a command needs it: files, workers, placement, pipeline, tokenizer.
+
+`open_session` goes through these in order and takes everything down again in the reverse order; nothing is sent to
+any worker before the model, the workers' versions and the placement are known to be good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shardwright.config import MasterConfig
+from shardwright.core.master import MasterState
+from shardwright.core.placement import PlacementSettings, place
+from shardwright.core.settings import CoreSettings
+from shardwright.engine import RequestEvent
+from shardwright.errors import (
+    ClusterError,
+    InvalidRequestError,
+    PlacementError,
+    ShardwrightError,
+    VersionMismatchError,
+    WorkerUnreachableError,
+)
+from shardwright.model.checkpoint import Checkpoint
+from shardwright.runtime.master import MasterEngine
+from shardwright.runtime.metrics import MetricsWriter
+from shardwright.runtime.model_files import ModelFiles, resolve_model
+from shardwright.runtime.registry import WorkerEntry
+from shardwright.runtime.tensor_hashes import hash_tensors
+from shardwright.runtime.tokenizer import Tokenizer
+from shardwright.runtime.weight_sender import Progress, send_stage
+from shardwright.transport.base import Transport, WorkerClient
+from shardwright.types import (
+    PROTOCOL_VERSION,
+    Epoch,
+    FileHint,
+    ModelCosts,
+    SamplingParams,
+    SeqId,
+    StageAssignment,
+    StageLoad,
+    StopConditions,
+    TokenId,
+    WorkerCapacity,
+    WorkerDescription,
+    WorkerId,
+)
+from shardwright.wire.messages import LoadDone, LoadProgress
+
+log = logging.getLogger(__name__)
+
+
+class SessionListener(Protocol):
+    """Hears how far a session's start is; all calls come on the event loop's thread or a helper thread of it."""
+
+    def downloading(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        """Model files come from the hub or a package."""
+        ...
+
+    def hashing(self, done_bytes: int, total_bytes: int) -> None:
+        """The master learns the content hashes of the model's tensors (the first start only)."""
+        ...
+
+    def loading(self, worker: WorkerId, done_bytes: int, total_bytes: int, phase: str) -> None:
+        """A worker's stage is `receive`d or `build`t."""
+        ...
+
+    def ready(self, stages: Sequence[StageRow]) -> None:
+        """A real token has gone through the whole pipeline."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model's files, with what its headers and config tell; no weights are in memory."""
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    config_json: str
+    dtype: str
+    costs: ModelCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownWorker:
+    """A worker that answered: how to reach it and what it said."""
+
+    worker_id: WorkerId
+    entry: WorkerEntry
+    client: WorkerClient
+    description: WorkerDescription
+
+    @property
+    def capacity(self) -> WorkerCapacity:
+        """What placement needs to know of it."""
+        return WorkerCapacity(
+            worker_id=self.worker_id,
+            host_id=self.description.host_id,
+            device=self.description.device,
+            memory_bytes=self.description.memory_available_bytes,
+            read_bandwidth=self.description.read_bandwidth,
+            matrix_rate=self.description.matrix_rate,
+            shared_memory_bytes=self.description.shared_memory_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """One line of the summary table."""
+
+    stage: int
+    worker: WorkerId
+    device: str
+    start: int
+    end: int  # exclusive
+    weights_bytes: int
+    kv_blocks: int
+    busy_ratio: float | None  # of the time since the stage was loaded; None before a heartbeat
+
+
+async def open_model(config: MasterConfig, listener: SessionListener) -> OpenModel:
+    """Find the model's files (downloading them if need be) and read their headers.
+
+    Raises a `ModelError` for whatever is wrong with the model, before anything was started.
+    """
+    return await asyncio.to_thread(_open_model, config, listener)
+
+
+def _open_model(config: MasterConfig, listener: SessionListener) -> OpenModel:
+    from shardwright.model.families import model_costs
+
+    files = resolve_model(config.model, cache_dir=config.cache_dir, progress=listener.downloading)
+    checkpoint = Checkpoint.open(files.weights)
+    config_json = files.config_json
+    dtype = choose_dtype(config.dtype, config_json, checkpoint.format)
+    costs = model_costs(config_json, name=files.name, dtype=dtype)
+    return OpenModel(files=files, checkpoint=checkpoint, config_json=config_json, dtype=dtype, costs=costs)
+
+
+def choose_dtype(wanted: str, config_json: str, checkpoint_format: str) -> str:
+    """The compute dtype: as asked, else the one the checkpoint was saved in, else bfloat16 (quantised GGUF)."""
+    if wanted != "auto":
+        return wanted
+    if checkpoint_format == "gguf":
+        return "bfloat16"
+    config = json.loads(config_json)
+    saved = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = str(saved).removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "bfloat16"
+
+
+def name_workers(entries: Sequence[WorkerEntry]) -> list[WorkerId]:
+    """A worker's user name where that is unique, else user name and address."""
+    count = Counter(entry.username for entry in entries)
+    return [e.username if count[e.username] == 1 else f"{e.username}@{e.address}" for e in entries]
+
+
+async def meet_workers(
+    transport: Transport, entries: Sequence[WorkerEntry], *, timeout_s: float
+) -> tuple[list[KnownWorker], list[tuple[WorkerEntry, ShardwrightError]]]:
+    """Ask every worker who it is, all at once; give those that answered and those that did not, with the error."""
+    clients = [transport.connect(entry.address) for entry in entries]
+    answers = await asyncio.gather(*(c.describe(timeout_s=timeout_s) for c in clients), return_exceptions=True)
+    known: list[KnownWorker] = []
+    silent: list[tuple[WorkerEntry, ShardwrightError]] = []
+    for worker_id, entry, client, answer in zip(name_workers(entries), entries, clients, answers, strict=True):
+        if isinstance(answer, WorkerDescription):
+            known.append(KnownWorker(worker_id=worker_id, entry=entry, client=client, description=answer))
+            continue
+        await client.close()
+        if not isinstance(answer, ShardwrightError):
+            raise answer
+        silent.append((entry, answer))
+    return known, silent
+
+
+def check_versions(workers: Sequence[KnownWorker]) -> None:
+    """Raises `VersionMismatchError` for a worker whose protocol or package differs in a way that matters."""
+    for worker in workers:
+        theirs = worker.description.protocol_version
+        if theirs != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"worker {worker.worker_id} at {worker.entry.address} speaks protocol {theirs} "
+                f"(shardwright {worker.description.package_version}), this master speaks {PROTOCOL_VERSION}: "
+                "install the same version of shardwright on both"
+            )
+
+
+def check_free(workers: Sequence[KnownWorker]) -> None:
+    """Raises `ClusterError` when another master is using a worker."""
+    for worker in workers:
+        if worker.description.in_use:
+            raise ClusterError(
+                f"worker {worker.worker_id} at {worker.entry.address} is serving another master; "
+                "wait until that ends, or use other workers"
+            )
+
+
+def placement_settings(config: MasterConfig, costs: ModelCosts) -> PlacementSettings:
+    """What the planner may spend, from the master's settings."""
+    return PlacementSettings(
+        block_size=config.block_size,
+        max_kv_tokens=config.kv_tokens,
+        min_kv_tokens=min_kv_tokens(config, costs),
+    )
+
+
+def min_kv_tokens(config: MasterConfig, costs: ModelCosts) -> int:
+    """KV positions that a placement must leave room for."""
+    return min(config.kv_tokens, costs.max_context, MIN_KV_TOKENS)
+
+
+MIN_KV_TOKENS = 512
+"""KV positions that a placement must leave room for; below that a model can hardly answer anything."""
+
+
+class Session:
+    """A model that answers, and what a command wants to know about it."""
+
+    def __init__(
+        self, engine: MasterEngine, model: OpenModel, workers: Sequence[KnownWorker], tokenizer: Tokenizer | None
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self.workers = tuple(workers)
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None for a model that comes without one."""
+        return self._tokenizer
+
+    def encode(self, prompt: str, *, chat: bool | None) -> tuple[TokenId, ...]:
+        """Token ids of a prompt; `chat` None means: through the chat template if the model has one.
+
+        Raises `InvalidRequestError` for a model without a tokenizer, and for an empty prompt.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError(f"{self.model.files.name} has no tokenizer; give token ids with --prompt-ids")
+        if not prompt.strip():
+            raise InvalidRequestError("the prompt is empty; write something to continue or to answer")
+        if chat is None:
+            chat = self._tokenizer.has_chat_template
+        return self._tokenizer.encode_chat(prompt) if chat else self._tokenizer.encode(prompt)
+
+    def stop_conditions(self, *, max_new_tokens: int, ignore_eos: bool) -> StopConditions:
+        """When a sequence of this model ends."""
+        ends = frozenset() if ignore_eos else self.end_ids
+        return StopConditions(max_new_tokens=max_new_tokens, stop_token_ids=ends)
+
+    async def submit(
+        self, prompt: tuple[TokenId, ...], sampling: SamplingParams, stop: StopConditions
+    ) -> tuple[SeqId, AsyncIterator[RequestEvent]]:
+        """Queue a prompt of token ids, checked against the vocabulary. Raises `InvalidRequestError`."""
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: it has no tokens")
+        vocabulary = self.vocab_size
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise InvalidRequestError(f"token id {token} is outside the model's vocabulary of {vocabulary}")
+        return await self.engine.submit(prompt, sampling, stop)
+
+    @property
+    def end_ids(self) -> frozenset[TokenId]:
+        """The ids that end an answer."""
+        return end_token_ids(self.model, self._tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below this."""
+        return self.model.files.vocab_size
+
+    async def refresh(self) -> None:
+        """Ask every worker for its state now, so that the table is up to date."""
+        await self.engine.refresh()
+
+    @property
+    def stages(self) -> list[StageRow]:
+        """The pipeline as it stands, for a table."""
+        snapshot = self.engine.snapshot()
+        reports = {worker.worker_id: worker.report for worker in snapshot.workers}
+        rows = []
+        for stage in snapshot.stages:
+            report = reports.get(stage.worker_id)
+            busy = report.busy_s / report.uptime_s if report is not None and report.uptime_s > 0 else None
+            done = self.engine.loaded.get(stage.worker_id)
+            rows.append(
+                StageRow(
+                    stage=stage.stage_index,
+                    worker=stage.worker_id,
+                    device=next(w.description.device for w in self.workers if w.worker_id == stage.worker_id),
+                    start=stage.layers.start,
+                    end=stage.layers.end,
+                    weights_bytes=done.weight_bytes if done is not None else 0,
+                    kv_blocks=stage.num_blocks,
+                    busy_ratio=busy,
+                )
+            )
+        return rows
+
+
+def end_token_ids(model: OpenModel, tokenizer: Tokenizer | None) -> frozenset[TokenId]:
+    """The ids that end an answer: the generation config's, else the model config's, else the tokenizer's."""
+    for source in (model.files.generation_config, json.loads(model.config_json)):
+        ends = source.get("eos_token_id")
+        if isinstance(ends, int):
+            return frozenset([ends])
+        if ends:
+            return frozenset(int(end) for end in ends)
+    return tokenizer.end_ids if tokenizer is not None else frozenset()
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    config: MasterConfig,
+    entries: Sequence[WorkerEntry],
+    *,
+    listener: SessionListener,
+    transport: Transport,
+    model: OpenModel | None = None,
+    write_metrics: bool = True,
+) -> AsyncIterator[Session]:
+    """Bring a model up on these workers and keep it until the block ends.
+
+    Raises `ModelError`, `PlacementError` or `ClusterError` kinds; then nothing is left running.
+    """
+    if not entries:
+        raise PlacementError("no worker is registered; register one (`shardwright register`) or use --local-workers N")
+    if model is None:
+        model = await open_model(config, listener)
+    async with contextlib.AsyncExitStack() as stack:
+        known, silent = await meet_workers(transport, entries, timeout_s=config.connect_timeout_s)
+        for worker in known:
+            stack.push_async_callback(worker.client.close)
+        for _, error in silent:
+            if isinstance(error, VersionMismatchError):
+                raise error
+        if not known:
+            raise WorkerUnreachableError("; ".join(str(error) for _, error in silent))
+        for entry, error in silent:
+            log.warning("going on without worker %s: %s", entry.username, error)
+        check_versions(known)
+        capacities = tuple(worker.capacity for worker in known)
+        place(model.costs, capacities, placement_settings(config, model.costs))  # raises before anything starts
+        check_free(known)
+        first_epoch = 1 + max(worker.description.last_epoch for worker in known)
+        tokenizer = await asyncio.to_thread(_load_tokenizer, model.files)
+        engine = MasterEngine(
+            MasterState(core_settings(config, model.costs, first_epoch), model.costs),
+            {worker.worker_id: worker.client for worker in known},
+            _StageSender(model, known, config.cache_dir, listener),
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+        )
+        await stack.enter_async_context(engine)
+        await engine.deploy(capacities)
+        session = Session(engine, model, known, tokenizer)
+        listener.ready(session.stages)
+        if write_metrics:
+            writer = MetricsWriter(config.metrics)
+            task = asyncio.create_task(_write_metrics(engine, writer, config.metrics_interval_s), name="metrics")
+            stack.push_async_callback(_cancel, task)
+        yield session
+
+
+def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -> CoreSettings:
+    """The core's settings, from the master's."""
+    return CoreSettings(
+        block_size=config.block_size,
+        max_kv_tokens=config.kv_tokens,
+        min_kv_tokens=min_kv_tokens(config, costs),
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        prefix_cache=config.prefix_cache,
+        max_steps_in_flight=config.steps_in_flight or None,
+        heartbeat_timeout_s=config.heartbeat_timeout_s,
+        first_epoch=first_epoch,
+    )
+
+
+def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
+    if files.tokenizer is None:
+        return None
+    is_gguf = files.tokenizer.suffix == ".gguf"
+    return Tokenizer.load(
+        folder=None if is_gguf else files.tokenizer,
+        gguf=files.tokenizer if is_gguf else None,
+    )
+
+
+async def _write_metrics(engine: MasterEngine, writer: MetricsWriter, interval_s: float) -> None:
+    while True:
+        await asyncio.to_thread(writer.write, engine.snapshot())
+        await asyncio.sleep(interval_s)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+class _StageSender:
+    """Sends a stage to its worker: which tensors it needs, their hashes, and their bytes where it lacks them."""
+
+    def __init__(
+        self, model: OpenModel, workers: Sequence[KnownWorker], cache_dir: Path, listener: SessionListener
+    ) -> None:
+        self._model = model
+        self._addresses = {worker.worker_id: worker.entry.address for worker in workers}
+        self._cache_dir = cache_dir
+        self._listener = listener
+
+    async def __call__(self, assignment: StageAssignment, client: WorkerClient) -> LoadDone:
+        load = await asyncio.to_thread(self._stage_load, assignment)
+
+        def progress(message: Progress) -> None:
+            if isinstance(message, LoadProgress):
+                self._listener.loading(assignment.worker_id, message.done_bytes, message.total_bytes, message.phase)
+
+        return await send_stage(client, load, self._model.checkpoint, progress)
+
+    def _stage_load(self, assignment: StageAssignment) -> StageLoad:
+        from shardwright.model.families import read_config, slice_model
+        from shardwright.model.weights import stage_tensor_names
+
+        model = self._model
+        config = read_config(model.config_json)
+        sliced = slice_model(config, assignment.layers, is_first=assignment.is_first, is_last=assignment.is_last)
+        names = stage_tensor_names(sliced, config, model.checkpoint.tensors, model.checkpoint.format)
+        specs = hash_tensors(model.checkpoint, names, cache_dir=self._cache_dir, progress=self._listener.hashing)
+        next_id = assignment.next_worker_id
+        return StageLoad(
+            assignment=assignment,
+            model_config=model.config_json,
+            dtype=model.dtype,
+            tensors=specs,
+            file_hints=self._hints(),
+            next_address="" if next_id is None else self._addresses[next_id],
+        )
+
+    def _hints(self) -> tuple[FileHint, ...]:
+        files = self._model.files
+        return tuple(
+            FileHint(
+                path=str(path.resolve()),
+                num_bytes=path.stat().st_size,
+                hub_repo=files.hub_repo,
+                hub_revision=files.hub_revision,
+                hub_filename=path.name if files.hub_repo else "",
+            )
+            for path in files.weights
+        )

@@ -1,0 +1,53 @@
+"""Puts a worker together: machine, tensor cache, shell and listener; the one place where its parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from shardwright.config import WorkerConfig
+from shardwright.runtime.probe import Machine
+from shardwright.runtime.tensor_cache import TensorCache
+from shardwright.runtime.weight_receiver import WeightReceiver
+from shardwright.runtime.worker import WorkerShell
+from shardwright.transport.base import Listener, Transport
+
+CLOSE_GRACE_S = 0.5
+
+
+@contextlib.asynccontextmanager
+async def open_worker(config: WorkerConfig, transport: Transport, address: str) -> AsyncIterator[Listener]:
+    """A worker that listens at `address` until the block ends.
+
+    Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
+    """
+    machine = await asyncio.to_thread(
+        Machine, device=config.device, threads=config.threads, memory_bytes=config.memory_bytes
+    )
+    cache = TensorCache(config.cache_dir, limit_bytes=config.cache_limit_bytes)
+    receiver = WeightReceiver(cache, cache_dir=config.cache_dir)
+    shell = WorkerShell(
+        device=str(machine.device),
+        num_threads=machine.num_threads,
+        probe=machine,
+        receiver=receiver,
+        transport=transport,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(receiver.close)
+        stack.push_async_callback(shell.close)
+        listener = await transport.serve(address, shell)
+        stack.push_async_callback(listener.close, grace_s=CLOSE_GRACE_S)
+        yield listener
+
+
+async def run_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
+    """Serve as a worker over gRPC until cancelled; `announce` gets host:port once it listens."""
+    from shardwright.transport.grpc import GrpcTransport
+
+    transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
+    address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+    async with open_worker(config, transport, address) as listener:
+        announce(listener.address)
+        await asyncio.Event().wait()
