@@ -16,6 +16,7 @@ from fake_stage import VOCABULARY, FakeStage, expected_answer, sampled
 
 from shardwright.core import effects as out
 from shardwright.core import events as ev
+from shardwright.core.cluster import WorkerStatus
 from shardwright.core.master import MasterState
 from shardwright.core.settings import CoreSettings
 from shardwright.core.worker import StagePhase, WorkerState
@@ -139,6 +140,7 @@ class Simulation:
         self.num_blocks = 0  # of the newest pipeline
         self.faults = 0  # what may excuse an error
         self.redeploys_left = 1
+        self.closed: list[int] = []
         late = rng.random() < 0.2
         for index, name in enumerate(self.workers):
             joins_at = rng.uniform(1.0, 4.0) if late and index == len(self.workers) - 1 and index else 0.0
@@ -266,6 +268,12 @@ class Simulation:
     def _on_send_step(self, effect: out.SendStep) -> None:
         self.counts["steps"] += 1
         worker = self.workers[effect.worker_id]
+        snapshot = self.master.snapshot()
+        assert effect.step.epoch == snapshot.epoch, f"{effect} in epoch {snapshot.epoch}"
+        assert effect.step.epoch not in self.closed, f"{effect} after its pipeline was closed"
+        assert effect.worker_id == snapshot.stages[0].worker_id
+        assert all(worker.status == "ready" for worker in snapshot.workers if worker.layers is not None)
+        self.counts["tokens computed"] += effect.step.num_tokens
         self._send(("steps", worker.name, effect.step.epoch), self._arrive, worker, effect.step, (), worker=worker)
 
     def _on_emit(self, effect: out.EmitToken) -> None:
@@ -287,6 +295,11 @@ class Simulation:
             self.redeploys_left -= 1
             self._at(self.now + 0.5, self._tell_master, ev.Deploy())
 
+    def _on_close(self, effect: out.ClosePipeline) -> None:
+        """What is on its way still arrives: the cores have to know better."""
+        assert effect.epoch not in self.closed
+        self.closed.append(effect.epoch)
+
     def _nothing(self, effect: object) -> None:
         pass
 
@@ -294,7 +307,7 @@ class Simulation:
         out.AssignStage: _on_assign,
         out.ReleaseStage: _on_release,
         out.OpenPipeline: _on_open,
-        out.ClosePipeline: _nothing,  # what is on its way still arrives: the cores have to know better
+        out.ClosePipeline: _on_close,
         out.PipelineReady: _nothing,
         out.DeployFailed: _on_deploy_failed,
         out.SendStep: _on_send_step,
@@ -425,13 +438,13 @@ class Simulation:
 
     def _miss_heartbeat(self, name: str) -> None:
         """Silence means loss only to a worker that was heard; of another the shell says that nobody answers."""
-        known = next((w for w in self.master.snapshot().workers if w.worker_id == name), None)
-        if known is not None and known.status != "lost" and known.last_heard_s is None:
+        known = self.master._cluster.workers.get(name)
+        if known is not None and known.status is not WorkerStatus.LOST and known.last_heard_s is None:
             self._tell_master(ev.WorkerLost(worker_id=name, reason="no answer to the first heartbeat"))
 
     def _answer_heartbeat(self, worker: SimulatedWorker) -> None:
-        known = next((w for w in self.master.snapshot().workers if w.worker_id == worker.name), None)
-        if known is None or known.status == "lost":
+        known = self.master._cluster.workers.get(worker.name)
+        if known is None or known.status is WorkerStatus.LOST:
             self._send_unordered(self._join, worker.name)
             return
         report = HeartbeatReport(

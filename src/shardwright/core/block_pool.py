@@ -158,6 +158,10 @@ class BlockPool:
         """Whether the block can be given away now."""
         return not self._references[block] and not self._pins[block]
 
+    def num_references(self, block: BlockId) -> int:
+        """How many tables name the block."""
+        return self._references[block]
+
     def check(self, tables: Iterable[Sequence[BlockId]]) -> None:
         """Assert that free + held + draining = all, and that each block has as many references as `tables` name it."""
         counted = [0] * self.num_blocks
@@ -165,16 +169,11 @@ class BlockPool:
             for block in table:
                 counted[block] += 1
         assert counted == self._references, f"blocks are named {counted} times, referred to {self._references} times"
-        held = draining = 0
-        for references, pins in zip(self._references, self._pins, strict=True):
-            if references:
-                held += 1
-            elif pins:
-                draining += 1
-        free = [*self._blank, *self._idle]
-        assert len(free) + held + draining == self.num_blocks, f"{len(free)} free, {held} held, {draining} draining"
-        assert len(set(free)) == len(free), "a block is free twice"
-        assert all(self.is_free(block) for block in free), "a block in use is free"
-        assert all(self._keys[block] is None for block in self._blank), "a blank block has content"
+        used = [block for block in range(self.num_blocks) if self._references[block] or self._pins[block]]
+        free = {*self._blank, *self._idle}
+        assert len(free) == self.num_free, "a block is free twice"
+        assert free.isdisjoint(used), "a block in use is free"
+        assert len(free) + len(used) == self.num_blocks, f"{len(free)} free, {len(used)} held or draining"
+        assert not any(self._keys[block] for block in self._blank), "a blank block has content"
         for key, (_, block) in self._nodes.items():
-            assert self._keys[block] == key, f"block {block} has other content than the prefix cache says"
+            assert self._keys[block] is key, f"block {block} has other content than the prefix cache says"

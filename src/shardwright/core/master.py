@@ -150,9 +150,11 @@ class MasterState:
 
     def _expire(self, now: float) -> list[MasterEffect]:
         effects: list[MasterEffect] = []
-        for worker_id in self._cluster.silent(now):
-            reason = f"no heartbeat for {self._settings.heartbeat_timeout_s:g} s"
-            effects += self._on_worker_lost(worker_id, reason, now)
+        reason = f"no heartbeat for {self._settings.heartbeat_timeout_s:g} s"
+        # All at once: a new pipeline must not be built on a worker that is silent too.
+        silent = [worker_id for worker_id in self._cluster.silent(now) if self._cluster.lose(worker_id, reason)]
+        if silent:
+            effects += self._recover_or_fail(_lost(silent, reason), now)
         if self._load_deadline is not None and self._load_deadline <= now:
             late = [w for w, worker in self._cluster.workers.items() if worker.status is WorkerStatus.LOADING]
             what = f"still loading: {', '.join(late)}" if late else "no token came through the pipeline"
@@ -221,7 +223,7 @@ class MasterState:
     def _on_worker_lost(self, worker_id: WorkerId, reason: str, now: float) -> list[MasterEffect]:
         if not self._cluster.lose(worker_id, reason):
             return []
-        return self._recover_or_fail(f"worker {worker_id} was lost: {reason}", now)
+        return self._recover_or_fail(_lost([worker_id], reason), now)
 
     # --- pipelines ---------------------------------------------------------------------------------
 
@@ -460,3 +462,9 @@ class MasterState:
         steps = list(self._scheduler.in_flight)
         assert steps == sorted(steps)
         assert not steps or steps[-1] <= self._last_step
+
+
+def _lost(worker_ids: list[WorkerId], reason: str) -> str:
+    if len(worker_ids) == 1:
+        return f"worker {worker_ids[0]} was lost: {reason}"
+    return f"workers {', '.join(worker_ids)} were lost: {reason}"

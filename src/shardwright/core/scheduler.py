@@ -168,13 +168,10 @@ class Scheduler:
 
         `num_groups` is how many steps shall be in flight: each takes its share of the sequences.
         """
-        num_sequences = min(self._settings.max_running, len(self.running) + len(self.waiting))
-        if num_sequences == 0:
-            return None
-        most_parts = -(-num_sequences // num_groups)
-        chosen, may_admit = self._continue_running(most_parts)
+        chosen, may_admit = self._continue_running(-(-len(self.running) // num_groups))
         if may_admit:
-            self._admit(chosen, most_parts)
+            num_sequences = min(self._settings.max_running, len(self.running) + len(self.waiting))
+            self._admit(chosen, -(-num_sequences // num_groups))
         if not chosen:
             return None
         parts = tuple(self._launch(sequence, count, step) for sequence, count in chosen)
@@ -194,7 +191,8 @@ class Scheduler:
     def _continue_running(self, most_parts: int) -> tuple[list[tuple[Sequence, int]], bool]:
         """Tokens for running sequences, most urgent first; blocks in order of arrival.
 
-        The second value tells whether new ones may be admitted: not in a step that had to take blocks away.
+        Waiting ones don't count in `most_parts`: if they find no room, the running ones still share out evenly. The
+        second value tells whether new ones may be admitted: not in a step that had to take blocks away.
         """
         ready = [sequence for sequence in self.running if not sequence.num_in_flight]
         preemptions = self.total_preemptions
@@ -345,22 +343,16 @@ class Scheduler:
             assert all(sequence.status is status for sequence in queue), f"{status.value}: {ids}"
         assert len(self.running) <= self._settings.max_running
         self.pool.check(sequence.block_table for sequence in self.running)
-        owners: dict[BlockId, list[Sequence]] = {}
-        for sequence in self.running:
-            for block in sequence.block_table:
-                owners.setdefault(block, []).append(sequence)
         carried: dict[SeqId, StepId] = {}
         for step, parts in self.in_flight.items():
             total = sum(part.num_tokens for part in parts)
             assert 0 < total <= self._settings.token_budget, f"step {step} has {total} tokens"
             for part in parts:
-                self._check_part(step, part, carried, owners)
+                self._check_part(step, part, carried)
         busy = [s.seq_id for s in self.running if s.num_in_flight]
         assert all(seq_id in carried for seq_id in busy), f"sequences {busy} wait for steps that are not in flight"
 
-    def _check_part(
-        self, step: StepId, part: StepPart, carried: dict[SeqId, StepId], owners: dict[BlockId, list[Sequence]]
-    ) -> None:
+    def _check_part(self, step: StepId, part: StepPart, carried: dict[SeqId, StepId]) -> None:
         sequence = part.sequence
         seq_id = sequence.seq_id
         assert seq_id not in carried, f"sequence {seq_id} is in steps {carried[seq_id]} and {step}"
@@ -369,6 +361,8 @@ class Scheduler:
         for block in part.table:
             assert not self.pool.is_free(block), f"block {block} is free while step {step} uses it"
         size = self.pool.block_size
-        for block in part.table[part.start // size : -(-(part.start + part.num_tokens) // size)]:
-            others = [owner.seq_id for owner in owners.get(block, ()) if owner is not sequence]
-            assert not others, f"step {step} writes block {block} of sequence {seq_id} and of sequences {others}"
+        written = part.table[part.start // size : -(-(part.start + part.num_tokens) // size)]
+        mine = 1 if sequence.status is SequenceStatus.RUNNING else 0
+        for block in written:
+            names = self.pool.num_references(block)
+            assert names == mine, f"step {step} writes block {block} of sequence {seq_id}, which {names} tables name"

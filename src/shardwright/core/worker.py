@@ -236,29 +236,21 @@ class WorkerState:
             return [DropStep(epoch=epoch, step=step), *self._take_down(was_loaded=True)]
         if self._phase is StagePhase.FAILED:
             return [DropStep(epoch=epoch, step=step)]
-        return self._fail([step], event.reason)
+        self._fail(event.reason)
+        return [*self._turn_back(step), *self._turn_back_queue()]
 
     def _on_next_link_lost(self, event: NextLinkLost) -> list[WorkerEffect]:
         if event.epoch != self.epoch or self._phase is not StagePhase.READY:
             return []
-        if self._computing is None:
-            # Nothing is in hand, but what went before may be lost: the last step that came stands for it.
-            self._phase = StagePhase.FAILED
-            self._failure = event.reason
-            return [ReportFailure(epoch=event.epoch, step=self._last_arrived, reason=event.reason)]
-        # The step that computes can't be stopped; it is reported now and dropped when it is done.
-        self._phase = StagePhase.FAILED
-        self._failure = event.reason
-        effects: list[WorkerEffect] = [ReportFailure(epoch=event.epoch, step=self._computing, reason=event.reason)]
-        return effects + self._turn_back_queue()
+        # What computes can't be stopped: it is reported now and dropped when it is done. With nothing in hand the last
+        # step that came stands for what may be lost on the way.
+        step = self._last_arrived if self._computing is None else self._computing
+        self._fail(event.reason)
+        return [ReportFailure(epoch=event.epoch, step=step, reason=event.reason), *self._turn_back_queue()]
 
-    def _fail(self, steps: list[StepId], reason: str) -> list[WorkerEffect]:
+    def _fail(self, reason: str) -> None:
         self._phase = StagePhase.FAILED
         self._failure = reason
-        effects: list[WorkerEffect] = []
-        for step in steps:
-            effects += self._turn_back(step)
-        return effects + self._turn_back_queue()
 
     def _turn_back_queue(self) -> list[WorkerEffect]:
         effects: list[WorkerEffect] = []
