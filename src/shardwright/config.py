@@ -151,4 +151,7 @@ def _convert(value: object, hint: object, where: str) -> object:
             return value
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError(f"{where} is {value!r}; it must be a {kind.__name__}")
+    raise ConfigError(f"{where} is {value!r}; it must be {_KIND_NAMES[kind]}")
+
+
+_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}

@@ -1,0 +1,107 @@
+"""Settings: flags over environment over file over defaults, and errors that name the place."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from shardwright.config import MasterConfig, WorkerConfig, read_config
+from shardwright.errors import ConfigError
+
+
+def read(kind=MasterConfig, *, flags=None, environ=None, file=None):
+    return read_config(kind, flags=flags or {}, environ=environ or {}, file=file)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def write(text):
+        path = tmp_path / "settings.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_without_anything_the_defaults_hold():
+    assert read() == MasterConfig()
+    assert read(WorkerConfig) == WorkerConfig()
+    assert MasterConfig().model == "google/gemma-2b"
+    assert WorkerConfig().port == 50051
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file(settings):
+    file = settings("[master]\nblock_size = 1\ntoken_budget = 1\nmax_running = 1\n")
+    environ = {"SHARDWRIGHT_BLOCK_SIZE": "2", "SHARDWRIGHT_TOKEN_BUDGET": "2"}
+    config = read(flags={"block_size": 3, "dtype": None}, environ=environ, file=file)
+    assert (config.block_size, config.token_budget, config.max_running) == (3, 2, 1)
+    assert config.dtype == "auto"
+
+
+def test_one_file_serves_master_and_worker(settings):
+    file = settings("[master]\nmodel = 'm'\n[worker]\nport = 7\n")
+    assert read(file=file).model == "m"
+    assert read(WorkerConfig, file=file).port == 7
+
+
+def test_every_setting_can_be_given_in_the_environment():
+    samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x"}
+    for kind in (MasterConfig, WorkerConfig):
+        for field in dataclasses.fields(kind):
+            name = field.type if isinstance(field.type, str) else field.type.__name__
+            value = "16" if field.name == "kv_tokens" else samples[name]
+            config = read(kind, environ={f"SHARDWRIGHT_{field.name.upper()}": value})
+            assert getattr(config, field.name) is not None
+
+
+def test_a_path_may_begin_with_the_home_folder():
+    assert read(environ={"SHARDWRIGHT_CACHE_DIR": "~/models"}).cache_dir == Path.home() / "models"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("Yes", True), ("TRUE", True), ("0", False), ("no", False)])
+def test_switches_are_read_from_words(text, value):
+    assert read(environ={"SHARDWRIGHT_PREFIX_CACHE": text}).prefix_cache is value
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"SHARDWRIGHT_BLOCK_SIZE": "many"}, "SHARDWRIGHT_BLOCK_SIZE is 'many'; it must be a whole number"),
+        ({"SHARDWRIGHT_PREFIX_CACHE": "maybe"}, "SHARDWRIGHT_PREFIX_CACHE is 'maybe'; it must be true or false"),
+        ({"SHARDWRIGHT_BLOCK_SIZE": "0"}, "block_size is 0; it must be between 1 and 1024"),
+        ({"SHARDWRIGHT_KV_TOKENS": "3"}, "kv_tokens is 3; it must be at least 16"),
+        ({"SHARDWRIGHT_DTYPE": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
+        ({"SHARDWRIGHT_HEARTBEAT_INTERVAL_S": "0"}, "heartbeat_interval_s is 0.0; it must be above 0 seconds"),
+        ({"SHARDWRIGHT_HEARTBEAT_TIMEOUT_S": "nan"}, "heartbeat_timeout_s is nan"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_bound(environ, says):
+    with pytest.raises(ConfigError) as caught:
+        read(environ=environ)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[master", "not valid TOML"),
+        ("master = 3", "master must be a table"),
+        ("[master]\nmodle = 'x'", r"\[master\] has no setting 'modle'; known: block_size, cache_dir"),
+        ("[master]\nblock_size = 'x'", "master.block_size is 'x'"),
+        ("[master]\nblock_size = true", "master.block_size is True"),
+        ("[master]\nmodel = 3", "master.model is 3; it must be text"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_the_place(settings, text, says):
+    with pytest.raises(ConfigError, match=rf"settings\.toml.*{says}"):
+        read(file=settings(text))
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: can't be read: No such file"):
+        read(file=tmp_path / "none.toml")
+
+
+def test_a_config_can_not_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MasterConfig().model = "other"
