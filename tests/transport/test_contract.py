@@ -206,6 +206,26 @@ async def test_an_error_at_load_reaches_the_master_as_it_is(net):
         await collect(net.client.initialize_worker(messages(LoadBegin(load=make_load()))))
 
 
+async def test_an_error_in_the_middle_of_a_load_reaches_a_master_that_is_sending(net):
+    """The worker ends the call while weights are under way: the master learns why, not just that writing failed."""
+    load = make_load(num_tensors=1, num_bytes=1 << 30)
+
+    async def refuse(incoming):
+        await anext(incoming)
+        yield LoadProgress(phase="receive", done_bytes=0, total_bytes=1)
+        await anext(incoming)
+        raise StageLoadError("no space left on the device")
+
+    async def master():
+        yield LoadBegin(load=load)
+        for offset in range(0, 1 << 30, 1 << 20):
+            yield WeightChunk(sha256=load.tensors[0].sha256, offset=offset, data=bytes(1 << 20))
+
+    net.worker.initialize_worker = refuse
+    with pytest.raises(StageLoadError, match="no space left"):
+        await collect(net.client.initialize_worker(master()))
+
+
 # --- the step link -------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from shardwright.errors import ClusterError, ShardwrightError, WorkerUnreachableError
 
-MAX_MESSAGE_CHARS: Final = 2000  # three bytes each when percent-encoded, in headers that may hold 8 KiB
+MAX_HEADER_BYTES: Final = 6000  # of a message; gRPC drops calls whose headers exceed 8 KiB
 
 
 def _kinds(root: type[ShardwrightError]) -> Iterator[type[ShardwrightError]]:
@@ -22,7 +22,17 @@ KINDS: Final[dict[str, type[ShardwrightError]]] = {kind.__name__: kind for kind 
 def to_wire(error: ShardwrightError) -> tuple[str, str]:
     """Kind and message. A kind that is not in `errors` travels as its nearest ancestor there."""
     kind = next(base.__name__ for base in type(error).__mro__ if KINDS.get(base.__name__) is base)
-    return kind, str(error)[:MAX_MESSAGE_CHARS]
+    return kind, _fit(str(error).encode(errors="replace").decode())
+
+
+def _fit(message: str) -> str:
+    """As much of a message as fits in a header, where every byte that is not printable ASCII takes three."""
+    size = 0
+    for index, char in enumerate(message):
+        size += 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode())
+        if size > MAX_HEADER_BYTES:
+            return message[:index]
+    return message
 
 
 def from_wire(kind: str, message: str) -> ShardwrightError:

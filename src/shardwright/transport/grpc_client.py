@@ -101,12 +101,18 @@ class GrpcClient:
         self._check_open()
         call = self._channel.stream_stream(method_path(method))(metadata=PROTOCOL_METADATA)
 
+        async def write(part: bytes) -> None:
+            # The public call.write turns a write that fails because the worker has ended the call into an INTERNAL
+            # status of its own, and so hides why the worker did: below it, the worker's status stays what it is.
+            await call._cython_call.send_serialized_message(part)  # noqa: SLF001
+
         async def send() -> None:
             try:
-                await send_all(outgoing, to_parts, call.write)
-                await call.write(end)
+                await call.wait_for_connection()
+                await send_all(outgoing, to_parts, write)
+                await write(end)
                 await call.done_writing()
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            except (grpc.aio.AioRpcError, grpc.aio.BaseError):
                 return  # the call is over; the reader learns why
             except BaseException:
                 call.cancel()  # wakes the reader, which raises what is raised here

@@ -9,8 +9,10 @@ MIB: Final = 1024 * 1024
 
 MAX_MESSAGE_BYTES: Final = 4 * MIB - 64 * 1024
 """Largest message of a stream: gRPC's default limit of 4 MiB, with room to spare."""
-FRAGMENT_BYTES: Final = MIB
-"""Tensors of a step that hold more than this together travel in fragments of this size."""
+MAX_INLINE_BYTES: Final = MIB
+"""Most tensor bytes that travel in one message with their step; more follow it in fragments."""
+FRAGMENT_BYTES: Final = 256 * 1024
+"""Size of the fragments that a sender cuts (a receiver takes any that fit in a message)."""
 MAX_WEIGHT_CHUNK_BYTES: Final = MIB
 """Largest `WeightChunk.data`."""
 MAX_SLICES: Final = 1 << 16

@@ -14,8 +14,8 @@ from shardwright.types import SamplingParams, SequenceSlice, StepInput, TokenOut
 from shardwright.wire import checks, frames
 from shardwright.wire import inference_pb2 as pb
 from shardwright.wire.limits import (
-    FRAGMENT_BYTES,
     MAX_BLOCK_TABLE,
+    MAX_INLINE_BYTES,
     MAX_POSITION,
     MAX_REASON_CHARS,
     MAX_STEP_TOKENS,
@@ -54,8 +54,8 @@ def decode_step(raw: bytes, limits: WireLimits) -> StepMessage:
 
 
 def step_parts(message: StepMessage) -> Iterator[bytes]:
-    """The step as parts of a step link: one, unless its tensors hold more than `FRAGMENT_BYTES`."""
-    whole = sum(frames.bytes_of(frame.data).nbytes for frame in message.tensors) <= FRAGMENT_BYTES
+    """The step as parts of a step link: one, unless its tensors hold more than `MAX_INLINE_BYTES`."""
+    whole = sum(frames.bytes_of(frame.data).nbytes for frame in message.tensors) <= MAX_INLINE_BYTES
     part = pb.StepPart()
     _fill_step(part.step, message, with_data=whole)
     yield checks.serialize(part)

@@ -1,0 +1,546 @@
+"""Every message comes back as it went, and nothing malformed comes through as anything but a `ProtocolError`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwright.errors import ProtocolError
+from shardwright.types import (
+    FileHint,
+    HeartbeatReport,
+    LayerRange,
+    SamplingParams,
+    SequenceSlice,
+    StageAssignment,
+    StageLoad,
+    StepInput,
+    StepTiming,
+    TensorSpec,
+    TokenOut,
+    WorkerDescription,
+)
+from shardwright.wire import inference_pb2 as pb
+from shardwright.wire import load_codec, report_codec, step_codec
+from shardwright.wire.limits import MAX_MESSAGE_BYTES, MAX_REASON_CHARS, MAX_WEIGHT_CHUNK_BYTES, WireLimits
+from shardwright.wire.load_codec import LOAD_END, LoadDecoder, load_parts
+from shardwright.wire.messages import (
+    LayerResult,
+    LoadBegin,
+    LoadDone,
+    LoadProgress,
+    LoadRefused,
+    StepAck,
+    StepMessage,
+    StepResult,
+    StepTrouble,
+    TensorFrame,
+    WeightChunk,
+    WeightRequest,
+    WeightsNeeded,
+)
+from shardwright.wire.step_codec import STEP_END, StepDecoder, step_parts
+
+LIMITS = WireLimits(max_frame_bytes=1 << 20)
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
+
+u64 = st.integers(0, 2**64 - 1)
+u31 = st.integers(0, 2**31 - 1)
+short = st.text(min_size=1, max_size=12)
+maybe_text = st.text(max_size=12)
+figure = st.floats(0, 1e30)
+sha = st.binary(min_size=32, max_size=32).map(bytes.hex)
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 2**32 - 1),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=u64,
+)
+slices = st.lists(
+    st.builds(
+        SequenceSlice,
+        seq_id=u64,
+        start_position=st.integers(0, 2**31 - 10),
+        token_ids=st.lists(u31, min_size=1, max_size=5).map(tuple),
+        block_table=st.lists(u31, max_size=5).map(tuple),
+        sampling=st.none() | sampling,
+    ),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda part: part.seq_id,
+)
+steps = st.builds(StepInput, epoch=u64, step=u64, slices=slices.map(tuple))
+tokens = st.lists(
+    st.builds(TokenOut, seq_id=u64, token_id=u31, logprob=st.floats(-1e6, 0)), max_size=4, unique_by=lambda t: t.seq_id
+).map(tuple)
+
+
+@st.composite
+def frames(draw):
+    dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    size = math.prod(shape) * ITEM_BYTES[dtype]
+    return TensorFrame(name=draw(short), dtype=dtype, shape=shape, data=draw(st.binary(min_size=size, max_size=size)))
+
+
+tensor_lists = st.lists(frames(), max_size=3, unique_by=lambda frame: frame.name).map(tuple)
+step_messages = st.builds(StepMessage, step=steps, tensors=tensor_lists)
+layer_results = st.builds(LayerResult, tensors=tensor_lists, tokens=tokens)
+step_results = st.builds(StepResult, epoch=u64, step=u64, tokens=tokens)
+step_replies = st.builds(StepAck, epoch=u64, step=u64) | st.builds(
+    StepTrouble, epoch=u64, step=u64, worker_id=short, reason=maybe_text, link_lost=st.booleans()
+)
+
+
+@st.composite
+def assignments(draw):
+    num_stages = draw(st.integers(1, 9))
+    index = draw(st.integers(0, num_stages - 1))
+    start = draw(st.integers(0, 90))
+    return StageAssignment(
+        epoch=draw(u64),
+        worker_id=draw(short),
+        stage_index=index,
+        num_stages=num_stages,
+        layers=LayerRange(start, start + draw(st.integers(1, 9))),
+        num_blocks=draw(st.integers(1, 2**31)),
+        block_size=draw(st.integers(1, 1024)),
+        next_worker_id=None if index == num_stages - 1 else draw(short),
+    )
+
+
+specs = st.builds(
+    TensorSpec,
+    name=short,
+    dtype=st.sampled_from(["BF16", "GGML_Q4_1"]),
+    shape=st.lists(st.integers(0, 2**40), max_size=4).map(tuple),
+    num_bytes=st.integers(0, 2**40),
+    sha256=sha,
+)
+loads = st.builds(
+    StageLoad,
+    assignment=assignments(),
+    model_config=short,
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    tensors=st.lists(specs, max_size=3, unique_by=lambda spec: spec.name).map(tuple),
+    file_hints=st.lists(
+        st.builds(
+            FileHint,
+            path=short,
+            num_bytes=st.integers(0, 2**41),
+            hub_repo=maybe_text,
+            hub_revision=maybe_text,
+            hub_filename=maybe_text,
+        ),
+        max_size=2,
+    ).map(tuple),
+    next_address=maybe_text,
+)
+chunks = st.builds(WeightChunk, sha256=sha, offset=st.integers(0, 2**39), data=st.binary(min_size=1, max_size=50))
+load_replies = (
+    st.builds(
+        WeightsNeeded,
+        requests=st.lists(
+            st.builds(WeightRequest, sha256=sha, offset=st.integers(0, 2**40)),
+            max_size=3,
+            unique_by=lambda request: request.sha256,
+        ).map(tuple),
+        bytes_from_disk=u64,
+        bytes_from_cache=u64,
+    )
+    | st.builds(LoadProgress, phase=st.sampled_from(["receive", "build", "warm-up"]), done_bytes=u64, total_bytes=u64)
+    | st.builds(LoadDone, weight_bytes=u64, kv_bytes=u64, load_s=figure)
+    | st.builds(LoadRefused, reason=maybe_text)
+)
+descriptions = st.builds(
+    WorkerDescription,
+    protocol_version=st.integers(0, 2**32 - 1),
+    package_version=maybe_text,
+    torch_version=maybe_text,
+    transformers_version=maybe_text,
+    host_id=maybe_text,
+    pid=u64,
+    device=short,
+    device_name=maybe_text,
+    memory_total_bytes=u64,
+    memory_available_bytes=u64,
+    read_bandwidth=figure,
+    matrix_rate=figure,
+    num_threads=st.integers(0, 2**32 - 1),
+)
+reports = st.builds(
+    HeartbeatReport,
+    timestamp=figure,
+    epoch=u64,
+    queue_depth=u31,
+    steps_done=u64,
+    busy_s=figure,
+    uptime_s=figure,
+    device=short,
+    device_name=maybe_text,
+    gpu_utilization=st.none() | figure,
+    gpu_memory_used_bytes=st.none() | u64,
+    gpu_memory_total_bytes=st.none() | u64,
+    cpu_utilization=figure,
+    memory_used_bytes=u64,
+    memory_total_bytes=u64,
+    process_memory_bytes=u64,
+    timings=st.lists(
+        st.builds(StepTiming, num_sequences=u31, num_tokens=u31, mean_s=figure, count=u64), max_size=3
+    ).map(tuple),
+)
+
+
+def encode_load(message):
+    """One load message as one part, decoded by a decoder that has seen its LoadBegin."""
+    (part,) = load_parts(message)
+    return part
+
+
+def decode_chunk(raw):
+    decoder = LoadDecoder()
+    decoder.feed(encode_load(LoadBegin(load=LOAD)))
+    return decoder.feed(raw)
+
+
+def encode_step_part(message):
+    (part,) = step_parts(message)
+    return part
+
+
+LOAD = StageLoad(
+    assignment=StageAssignment(
+        epoch=1,
+        worker_id="w",
+        stage_index=0,
+        num_stages=1,
+        layers=LayerRange(0, 2),
+        num_blocks=4,
+        block_size=16,
+        next_worker_id=None,
+    ),
+    model_config="{}",
+    dtype="float32",
+    tensors=(),
+    file_hints=(),
+    next_address="",
+)
+
+CODECS = {
+    "step": (
+        step_messages,
+        lambda message: step_codec.encode_step(message, LIMITS),
+        lambda raw: step_codec.decode_step(raw, LIMITS),
+    ),
+    "step part": (step_messages, encode_step_part, lambda raw: StepDecoder(LIMITS).feed(raw)),
+    "layer result": (
+        layer_results,
+        lambda result: step_codec.encode_layer_result(result, LIMITS),
+        lambda raw: step_codec.decode_layer_result(raw, LIMITS),
+    ),
+    "step result": (step_results, step_codec.encode_step_result, step_codec.decode_step_result),
+    "step reply": (step_replies, step_codec.encode_step_reply, step_codec.decode_step_reply),
+    "load begin": (st.builds(LoadBegin, load=loads), encode_load, lambda raw: LoadDecoder().feed(raw)),
+    "weight chunk": (chunks, encode_load, decode_chunk),
+    "load reply": (load_replies, load_codec.encode_load_reply, load_codec.decode_load_reply),
+    "description": (descriptions, report_codec.encode_description, report_codec.decode_description),
+    "report": (reports, report_codec.encode_report, report_codec.decode_report),
+    "tokens request": (u64, report_codec.encode_tokens_request, report_codec.decode_tokens_request),
+    "release request": (u64, report_codec.encode_release_request, report_codec.decode_release_request),
+}
+every_codec = pytest.mark.parametrize("name", CODECS)
+
+
+@every_codec
+@given(data=st.data())
+def test_a_message_comes_back_as_it_went(name, data):
+    values, encode, decode = CODECS[name]
+    value = data.draw(values)
+    assert decode(encode(value)) == value
+
+
+@every_codec
+@given(data=st.data())
+def test_damaged_bytes_give_a_value_or_a_protocol_error_and_nothing_else(name, data):
+    """Cut short, bits flipped, pieces doubled: what still decodes is a value that can be encoded again."""
+    values, encode, decode = CODECS[name]
+    raw = bytearray(encode(data.draw(values)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(raw)))
+        match data.draw(st.sampled_from(["flip", "cut", "double"])):
+            case "flip" if position < len(raw):
+                raw[position] ^= 1 << data.draw(st.integers(0, 7))
+            case "cut":
+                del raw[position:]
+            case _:
+                raw[position:position] = raw[: position + 3]
+    check_decodes_or_refuses(bytes(raw), encode, decode)
+
+
+@every_codec
+@given(raw=st.binary(max_size=200))
+def test_random_bytes_give_a_value_or_a_protocol_error_and_nothing_else(name, raw):
+    _, encode, decode = CODECS[name]
+    check_decodes_or_refuses(raw, encode, decode)
+
+
+def check_decodes_or_refuses(raw, encode, decode):
+    """Any other exception fails the test."""
+    try:
+        value = decode(raw)
+    except ProtocolError as exc:
+        value, complaint = None, str(exc)
+        assert complaint
+    if value is not None:  # a part may complete no message
+        encode(value)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+def raw_slice(**fields):
+    """A step with one sequence, as bytes."""
+    fields = {"seq_id": 1, "token_ids": [1], "block_table": [0]} | fields
+    return pb.StepMessage(step=pb.StepInput(epoch=1, step=9, slices=[pb.SequenceSlice(**fields)])).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        (pb.StepMessage(step=pb.StepInput(step=9)).SerializeToString(), "step 9 computes no sequence"),
+        (raw_slice(token_ids=[]), "step 9, sequence 1: no tokens"),
+        (raw_slice(token_ids=[1, 2**31]), f"token id: {2**31}; ids must be below"),
+        (raw_slice(block_table=[2**32 - 1]), "block id: 4294967295"),
+        (raw_slice(start_position=2**31), "last position"),
+        (raw_slice(sampling=pb.SamplingParams(temperature=-1, top_p=1)), "sequence 1: temperature is -1"),
+        (raw_slice(sampling=pb.SamplingParams(temperature=math.nan, top_p=1)), "temperature is nan"),
+        (raw_slice(sampling=pb.SamplingParams(top_p=0)), "top_p is 0"),
+        (raw_slice(sampling=pb.SamplingParams(top_p=1.5)), r"top_p is 1\.5"),
+        (raw_slice(block_table=[0] * ((1 << 20) + 1)), f"blocks: {(1 << 20) + 1}, and {1 << 20} is the most"),
+        (raw_slice(token_ids=[0] * ((1 << 20) + 1)), f"tokens of step 9: {(1 << 20) + 1}"),
+        (
+            pb.StepMessage(
+                step=pb.StepInput(step=9, slices=[pb.SequenceSlice(seq_id=1, token_ids=[1])] * 2)
+            ).SerializeToString(),
+            "step 9: sequence 1 comes twice",
+        ),
+        (
+            pb.StepMessage(
+                step=pb.StepInput(step=9, slices=[pb.SequenceSlice(token_ids=[1])] * ((1 << 16) + 1))
+            ).SerializeToString(),
+            "sequences of step 9: 65537, and 65536 is the most",
+        ),
+        (b"\xff\xff", "StepMessage: 2 bytes that are no such message"),
+    ],
+)
+def test_a_step_out_of_range_is_refused_with_what_is_wrong(raw, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        step_codec.decode_step(raw, LIMITS)
+
+
+def test_a_message_over_its_limit_is_not_even_parsed():
+    with pytest.raises(ProtocolError, match=f"StepReply: {MAX_MESSAGE_BYTES + 1} bytes; a message may hold"):
+        step_codec.decode_step_reply(bytes(MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(ProtocolError, match="StepMessage"):
+        step_codec.decode_step(bytes(LIMITS.max_unary_bytes + 1), LIMITS)
+
+
+def test_a_step_too_large_for_one_message_is_not_sent():
+    """A receiver would refuse it; the sender says so instead."""
+    table = (2**31 - 1,) * (1 << 20)
+    part = SequenceSlice(seq_id=1, start_position=0, token_ids=(1,), block_table=table, sampling=None)
+    with pytest.raises(ProtocolError, match="a message may hold"):
+        list(step_parts(StepMessage(step=StepInput(epoch=1, step=1, slices=(part,)))))
+
+
+def test_a_step_link_keeps_its_order():
+    end_first = StepDecoder(LIMITS)
+    assert end_first.feed(STEP_END) is None
+    assert end_first.ended
+    with pytest.raises(ProtocolError, match="goes on after its end"):
+        end_first.feed(STEP_END)
+    with pytest.raises(ProtocolError, match="neither step, fragment nor end"):
+        StepDecoder(LIMITS).feed(b"")
+    part = SequenceSlice(seq_id=1, start_position=0, token_ids=(1,), block_table=(), sampling=None)
+    frame = TensorFrame(name="h", dtype="int32", shape=(1 << 18,), data=bytes(1 << 20))
+    other = TensorFrame(name="i", dtype="int32", shape=(1,), data=bytes(4))
+    message = StepMessage(step=StepInput(epoch=1, step=1, slices=(part,)), tensors=(frame, other))
+    halfway = StepDecoder(WireLimits(max_frame_bytes=2 << 20))
+    assert halfway.feed(next(step_parts(message))) is None
+    with pytest.raises(ProtocolError, match="end on a step link; expected a fragment of the step before"):
+        halfway.feed(STEP_END)
+
+
+def begin(**changes):
+    """A LoadBegin with changes, as a part."""
+    message = pb.LoadPart.FromString(encode_load(LoadBegin(load=LOAD)))
+    for path, value in changes.items():
+        target, _, field = path.rpartition("__")
+        owner = getattr(message.begin, target) if target else message.begin
+        setattr(owner, field, value)
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"assignment__end_layer": 0}, r"end_layer is 0; it must lie between 1 and"),
+        ({"assignment__first_layer": 2}, r"first_layer is 2; it must lie between 0 and 1"),
+        ({"assignment__stage_index": 1}, r"stage_index is 1; it must lie between 0 and 0"),
+        ({"assignment__num_stages": 0}, "num_stages is 0"),
+        ({"assignment__num_blocks": 0}, "num_blocks is 0"),
+        ({"assignment__block_size": 1 << 20}, "block_size is 1048576; it must lie between 1 and 65536"),
+        ({"assignment__worker_id": ""}, "worker_id is empty"),
+        ({"assignment__next_worker_id": "w2"}, "the last stage names a next worker, 'w2'"),
+        ({"dtype": pb.DTYPE_INT32}, "dtype is number 5; a stage computes in float32, bfloat16, float16"),
+        ({"dtype": 77}, "dtype is number 77"),
+        ({"model_config": ""}, "model_config is empty"),
+        ({"model_config": "x" * ((1 << 20) + 1)}, "model_config: 1048577 characters, and 1048576 is the most"),
+        ({"num_tensors": 1 << 20}, "tensors of a stage: 1048576, and 65536 is the most"),
+    ],
+)
+def test_a_load_out_of_range_is_refused_with_what_is_wrong(changes, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        LoadDecoder().feed(begin(**changes))
+
+
+def spec(**changes):
+    return pb.TensorSpec(
+        **({"name": "a", "dtype": "BF16", "shape": [2], "num_bytes": 4, "sha256": bytes(32)} | changes)
+    )
+
+
+def tensors(*specs):
+    return pb.LoadPart(more_tensors=pb.MoreTensors(tensors=specs)).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        ([begin(), begin()], "a second LoadBegin"),
+        ([tensors(spec())], "MoreTensors without a LoadBegin"),
+        ([begin(num_tensors=2), tensors()], "MoreTensors without tensors"),
+        ([begin(num_tensors=2), LOAD_END], "end in a load; expected 2 more tensors"),
+        ([begin(num_tensors=1), tensors(spec(), spec(name="b"))], "tensors of this stage: 2, and 1 is the most"),
+        ([begin(num_tensors=2), tensors(spec(), spec())], "tensor 'a' comes twice"),
+        ([begin(num_tensors=1), tensors(spec(sha256=b"short"))], "a SHA-256 of 5 bytes"),
+        ([begin(num_tensors=1), tensors(spec(shape=[1] * 9))], "9 dimensions"),
+        ([begin(num_tensors=1), tensors(spec(num_bytes=1 << 41))], "is the most"),
+        ([LOAD_END, begin()], "goes on after its end"),
+        ([b""], "neither begin, tensors, chunk nor end"),
+        (
+            [pb.LoadPart(chunk=pb.WeightChunk(sha256=bytes(32), data=b"x")).SerializeToString()],
+            "a WeightChunk before the LoadBegin",
+        ),
+        ([begin(), pb.LoadPart(chunk=pb.WeightChunk(sha256=bytes(32))).SerializeToString()], "in bytes is 0"),
+        (
+            [begin(), pb.LoadPart(chunk=pb.WeightChunk(sha256=bytes(31), data=b"x")).SerializeToString()],
+            "a SHA-256 of 31 bytes",
+        ),
+        (
+            [
+                begin(),
+                pb.LoadPart(
+                    chunk=pb.WeightChunk(sha256=bytes(32), data=bytes(MAX_WEIGHT_CHUNK_BYTES + 1))
+                ).SerializeToString(),
+            ],
+            "in bytes is 1048577; it must lie between 1 and 1048576",
+        ),
+        (
+            [
+                begin(),
+                pb.LoadPart(chunk=pb.WeightChunk(sha256=bytes(32), offset=1 << 40, data=b"x")).SerializeToString(),
+            ],
+            "the end of a WeightChunk",
+        ),
+    ],
+)
+def test_a_load_out_of_order_is_refused_with_what_is_wrong(parts, complaint):
+    decoder = LoadDecoder()
+    for part in parts[:-1]:
+        decoder.feed(part)
+    with pytest.raises(ProtocolError, match=complaint):
+        decoder.feed(parts[-1])
+
+
+def test_a_weight_chunk_that_is_too_large_is_not_sent():
+    chunk = WeightChunk(sha256="0" * 64, offset=0, data=bytes(MAX_WEIGHT_CHUNK_BYTES + 1))
+    with pytest.raises(ProtocolError, match="1048577"):
+        list(load_parts(chunk))
+
+
+def test_a_load_of_very_many_tensors_is_cut_below_the_message_limit():
+    many = tuple(
+        TensorSpec(name=f"{'x' * 900}{number}", dtype="F32", shape=(1,), num_bytes=4, sha256=f"{number:064x}")
+        for number in range(10_000)
+    )
+    load = StageLoad(
+        assignment=LOAD.assignment,
+        model_config="y" * (1 << 20),
+        dtype="float32",
+        tensors=many,
+        file_hints=(),
+        next_address="",
+    )
+    parts = list(load_parts(LoadBegin(load=load)))
+    assert max(map(len, parts)) <= MAX_MESSAGE_BYTES
+    decoder = LoadDecoder()
+    results = [decoder.feed(part) for part in parts]
+    assert results[:-1] == [None] * (len(parts) - 1)
+    assert results[-1] == LoadBegin(load=load)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (pb.LoadReply(), "neither needed, progress, done nor refused"),
+        (pb.LoadReply(progress=pb.LoadProgress(phase=0)), "phase is number 0"),
+        (pb.LoadReply(progress=pb.LoadProgress(phase=9)), "phase is number 9"),
+        (pb.LoadReply(done=pb.LoadDone(load_s=-1)), "load_s is -1"),
+        (pb.LoadReply(done=pb.LoadDone(load_s=math.inf)), "load_s is inf"),
+        (pb.LoadReply(needed=pb.WeightsNeeded(requests=[pb.WeightRequest(sha256=b"")])), "a SHA-256 of 0 bytes"),
+        (pb.LoadReply(refused=pb.LoadRefused(reason="x" * (MAX_REASON_CHARS + 1))), "LoadRefused.reason"),
+    ],
+)
+def test_a_load_reply_out_of_range_is_refused(message, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        load_codec.decode_load_reply(message.SerializeToString())
+
+
+def test_reasons_are_cut_to_what_a_receiver_takes():
+    refused = load_codec.decode_load_reply(load_codec.encode_load_reply(LoadRefused(reason="r" * 100_000)))
+    assert refused == LoadRefused(reason="r" * MAX_REASON_CHARS)
+    trouble = StepTrouble(epoch=1, step=2, worker_id="w", reason="r" * 100_000)
+    back = step_codec.decode_step_reply(step_codec.encode_step_reply(trouble))
+    assert back == StepTrouble(epoch=1, step=2, worker_id="w", reason="r" * MAX_REASON_CHARS)
+
+
+@pytest.mark.parametrize("reply", [pb.StepReply(), pb.StepReply(trouble=pb.StepTrouble(reason="no worker"))])
+def test_a_step_reply_that_says_nothing_is_refused(reply):
+    with pytest.raises(ProtocolError, match=r"neither ack nor trouble|worker_id is empty"):
+        step_codec.decode_step_reply(reply.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (pb.HeartbeatReport(device="cpu", busy_s=math.nan), "busy_s is nan"),
+        (pb.HeartbeatReport(device="cpu", cpu_utilization=-3), "cpu_utilization is -3"),
+        (pb.HeartbeatReport(device="cpu", gpu_utilization=math.inf), "gpu_utilization is inf"),
+        (pb.HeartbeatReport(), "device is empty"),
+        (pb.HeartbeatReport(device="cpu", timings=[pb.StepTiming()] * 4097), "timings: 4097, and 4096 is the most"),
+    ],
+)
+def test_a_report_out_of_range_is_refused(message, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        report_codec.decode_report(message.SerializeToString())
+
+
+def test_a_result_that_names_a_sequence_twice_is_refused():
+    token = pb.TokenOut(seq_id=4, token_id=1)
+    with pytest.raises(ProtocolError, match="sequence 4 comes twice"):
+        step_codec.decode_step_result(pb.StepResult(tokens=[token, token]).SerializeToString())
