@@ -28,6 +28,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_KEPT_ARRAY = 4096  # longer arrays are vocabularies, merges and scores: only their length is kept
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 8
+_UNREAD_SETTINGS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}  # sizes that transformers 5.23 does not take from the file and leaves at one model's values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +243,10 @@ def gguf_config_json(header: GgufHeader) -> str:
     config.pop("_model_name_or_path", None)
     if "tokenizer.ggml.tokens" in header.array_lengths:
         config.setdefault("vocab_size", header.array_lengths["tokenizer.ggml.tokens"])
+    for key, setting in _UNREAD_SETTINGS.items():
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if value is not None:
+            config.setdefault(setting, value)
     return json.dumps(config, sort_keys=True)
 
 
