@@ -67,7 +67,7 @@ def _urgency(sequence: Sequence) -> tuple[bool, int, SeqId]:
     is smaller than the number of sequences they take turns.
     """
     if sequence.num_missing_tokens == 1:
-        return False, sequence.last_step, sequence.seq_id
+        return False, sequence.last_turn, sequence.seq_id
     return True, 0, sequence.seq_id
 
 
@@ -81,6 +81,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order of arrival
         self.running: list[Sequence] = []  # in order of arrival
         self.in_flight: dict[StepId, tuple[StepPart, ...]] = {}  # in order of their numbers
+        self._last_turn = 0
         self.total_preemptions = 0
         self.total_cached_tokens = 0
 
@@ -174,7 +175,10 @@ class Scheduler:
             self._admit(chosen, -(-num_sequences // num_groups))
         if not chosen:
             return None
-        parts = tuple(self._launch(sequence, count, step) for sequence, count in chosen)
+        for sequence, _ in sorted(chosen, key=lambda pair: pair[0].last_turn):
+            self._last_turn += 1
+            sequence.last_turn = self._last_turn
+        parts = tuple(self._launch(sequence, count) for sequence, count in chosen)
         self.in_flight[step] = parts
         slices = tuple(
             SequenceSlice(
@@ -276,10 +280,9 @@ class Scheduler:
             budget -= count
             chosen.append((sequence, count))
 
-    def _launch(self, sequence: Sequence, count: int, step: StepId) -> StepPart:
+    def _launch(self, sequence: Sequence, count: int) -> StepPart:
         start = sequence.num_computed_tokens
         sequence.num_in_flight = count
-        sequence.last_step = step
         return StepPart(
             sequence=sequence,
             start=start,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from shardwright.types import BlockId, FinishReason, SamplingParams, SeqId, StepId, StopConditions, TokenId
+from shardwright.types import BlockId, FinishReason, SamplingParams, SeqId, StopConditions, TokenId
 
 
 class SequenceStatus(enum.Enum):
@@ -38,7 +38,7 @@ class Sequence:
     num_registered_blocks: int = 0  # leading blocks of the table that the prefix cache knows
     prefix_node: int = 0  # the prefix cache's name for the content of those blocks
     num_cached_tokens: int | None = None  # reused at the first admission; None before it
-    last_step: StepId = 0  # the step that last carried it
+    last_turn: int = 0  # rises with each step that carries it: who has waited longest has the lowest
 
     @property
     def num_tokens(self) -> int:
