@@ -211,11 +211,15 @@ async def test_a_corrupted_chunk_is_found_named_and_costs_its_tensor_alone(check
     worker.tamper = flip_a_bit
     with pytest.raises(CheckpointError, match=r"tensor layers\.4\.weight: .* expected " + victim.sha256):
         await send(worker, load)
-    first = worker.received_bytes
-    assert not list((tmp_path / "worker").rglob("*.part"))
+    assert not list((tmp_path / "worker").rglob(f"{victim.sha256}*"))
+    order = list(dict.fromkeys(chunk.sha256 for chunk in worker.chunks))
+    before = order[: order.index(victim.sha256)]
+    assert before, "the victim was not meant to be the first"
     worker.tamper = lambda chunk: chunk
     await send(worker, load)
-    assert worker.received_bytes - first == content_bytes(load) - first + victim.num_bytes
+    asked = {request.sha256: request.offset for request in worker.needed[-1].requests}
+    assert asked[victim.sha256] == 0
+    assert not asked.keys() & set(before)
 
 
 async def test_a_worker_that_stays_away_is_reported_lost_after_the_retries(checkpoint, load, tmp_path):
