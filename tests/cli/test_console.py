@@ -66,6 +66,15 @@ def test_ctrl_c_ends_with_130_and_a_word(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_ctrl_c_in_a_command_ends_like_ctrl_c_anywhere(run_cli, monkeypatch):
+    async def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardwright.cli.plan._plan", interrupted)
+    outcome = run_cli("plan", "--model", "x")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
+
+
 def test_a_reader_that_goes_away_ends_the_command_quietly():
     """As with `shardwright generate ... | head -1`."""
     code = (

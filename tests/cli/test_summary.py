@@ -84,13 +84,15 @@ def test_progress_outside_a_terminal_is_a_line_for_each_turn():
             for done in (0, 1):
                 progress.loading("worker0", done, 2**20, phase)
         progress.hashing(1, 2**20)
+        progress.doing("loading the stages")
         progress.ready([FakeStage(0, "worker0", 0, 1)])
     assert out.getvalue().splitlines() == [
         "model.gguf: download (2.0 MiB)",
         "worker0: receive (1.0 MiB)",
         "worker0: build (1.0 MiB)",
         "model: hash (1.0 MiB)",
-        "ready: 1 stages",
+        "loading the stages",
+        "ready: 1 stage",
     ]
 
 
@@ -103,6 +105,8 @@ def test_progress_in_a_terminal_has_a_bar_for_each_worker_and_leaves_nothing_beh
         progress.loading("worker0", 10, 10, "build")
         assert [task.description for task in progress._progress.tasks] == ["worker0  build", "worker1  receive"]
         assert [task.completed for task in progress._progress.tasks] == [10, 1]
+        progress.doing("loading the stages")
+        assert progress._live.is_started
         progress.ready([])
-        assert progress._progress.finished is False
-        assert not progress._progress.live.is_started
+        assert not progress._live.is_started
+    assert "loading the stages" in out.getvalue()

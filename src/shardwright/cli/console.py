@@ -61,6 +61,8 @@ def run_app(app: typer.Typer, argv: Sequence[str] | None, *, prog_name: str) -> 
         try:
             app(args=argv, prog_name=prog_name, obj=state)
         except SystemExit as exc:
+            if exc.code == INTERRUPTED:  # typer's answer to Ctrl-C
+                raise KeyboardInterrupt from exc
             return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
         return 0
 

@@ -79,7 +79,9 @@ async def _plan(
 
     async with contextlib.AsyncExitStack() as stack:
         progress = stack.enter_context(StartProgress(stderr_console()))
+        progress.doing(f"looking at {config.model}")
         model = await open_model(config, progress)
+        progress.doing("asking the workers what they measured")
         entries = await stack.enter_async_context(
             workers_for(config, local_workers=local_workers, options=worker_options)
         )
@@ -196,6 +198,7 @@ async def _verify(
     from shardwright.runtime.verify import verify as compare
 
     with StartProgress(stderr_console()) as progress:
+        progress.doing(f"comparing {config.model} in {num_stages} stages with the whole model")
         return await compare(
             config, num_stages=num_stages, max_new_tokens=max_new_tokens, listener=progress, prompts=prompts
         )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
+from rich.spinner import Spinner
+from rich.text import Text
 
 from shardwright.config import MIB
 
@@ -29,25 +32,26 @@ class StartProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars: dict[str, TaskID] = {}
+        self._is_terminal = console.is_terminal
         self._told: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
+        self._spinner = Spinner("dots")
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            auto_refresh=False,  # the live display draws it
+        )
+        self._live = Live(Group(self._spinner, self._progress), console=console, transient=True)
 
     def __enter__(self) -> Self:
         """Start to draw."""
-        if self._progress is not None:
-            self._progress.start()
+        if self._is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
@@ -58,8 +62,15 @@ class StartProgress:
 
     def stop(self) -> None:
         """Take the bars away; safe to call twice."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._is_terminal:
+            self._live.stop()
+
+    def doing(self, what: str) -> None:
+        """Say what is waited for now."""
+        if self._is_terminal:
+            self._spinner.update(text=Text(what))
+        else:
+            self._console.print(what, markup=False, soft_wrap=True)
 
     def downloading(self, what: str, done_bytes: int, total_bytes: int) -> None:
         """Model files come."""
@@ -76,18 +87,19 @@ class StartProgress:
     def ready(self, stages: Sequence[StageRow]) -> None:
         """The pipeline takes prompts: no more bars."""
         self.stop()
-        if self._progress is None:
-            self._console.print(f"ready: {len(stages)} stages", markup=False)
+        if not self._is_terminal:
+            count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+            self._console.print(f"ready: {count}", markup=False)
 
     def _show(self, name: str, phase: str, done: int, total: int) -> None:
         with self._lock:  # a session reports from helper threads too
-            if self._progress is not None:
-                self._draw(self._progress, name, phase, done, total)
+            if self._is_terminal:
+                self._draw(name, phase, done, total)
             elif (name, phase) not in self._told:
                 self._told.add((name, phase))
                 self._console.print(f"{name}: {phase} ({total / MIB:.1f} MiB)", markup=False, soft_wrap=True)
 
-    def _draw(self, progress: Progress, name: str, phase: str, done: int, total: int) -> None:
+    def _draw(self, name: str, phase: str, done: int, total: int) -> None:
         if name not in self._bars:
-            self._bars[name] = progress.add_task(f"{name}  {phase}", total=total)
-        progress.update(self._bars[name], description=f"{name}  {phase}", completed=done, total=total)
+            self._bars[name] = self._progress.add_task(f"{name}  {phase}", total=total)
+        self._progress.update(self._bars[name], description=f"{name}  {phase}", completed=done, total=total)

@@ -68,12 +68,15 @@ async def session_for(
     async with contextlib.AsyncExitStack() as stack:
         if not local_workers:  # an empty registry is told at once, before torch is imported
             entries = await stack.enter_async_context(workers_for(config, local_workers=0))
+        progress = stack.enter_context(StartProgress(stderr_console()))
+        progress.doing(f"looking at {config.model}")
         from shardwright.runtime.session import open_model, open_session
 
-        progress = stack.enter_context(StartProgress(stderr_console()))
         model = await open_model(config, progress)
         if local_workers:
+            progress.doing(f"starting {local_workers} workers on this machine")
             entries = await stack.enter_async_context(workers_for(config, local_workers=local_workers, options=options))
+        progress.doing("loading the stages")
         session = await stack.enter_async_context(
             open_session(config, entries, listener=progress, transport=grpc_transport(config), model=model)
         )

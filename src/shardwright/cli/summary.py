@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from shardwright.cli.answers import Answer
 from shardwright.config import MIB
@@ -26,14 +25,13 @@ def print_summary(
     after: ClusterSnapshot,
 ) -> None:
     """Print stages and rates. `before` and `after` are snapshots from around the answers."""
-    console.print(summary(stages=stages, answers=answers, before=before, after=after))
+    console.print()
+    console.print(_stage_table(stages, before, after))
+    console.print(rates(answers), soft_wrap=True)
 
 
-def summary(
-    *, stages: Sequence[StageRow], answers: Sequence[Answer], before: ClusterSnapshot, after: ClusterSnapshot
-) -> RenderableType:
-    """Stages as a table, then prompt and decode rates and the time to the first token."""
-    table = Table("stage", "worker", "layers", "weights MiB", "KV blocks", "busy %", title_justify="left")
+def _stage_table(stages: Sequence[StageRow], before: ClusterSnapshot, after: ClusterSnapshot) -> Table:
+    table = Table("stage", "worker", "layers", "weights MiB", "KV blocks", "busy %")
     for column in table.columns[2:]:
         column.justify = "right"
     for stage in stages:
@@ -46,7 +44,7 @@ def summary(
             str(stage.kv_blocks),
             "-" if busy is None else f"{busy:.0f}",
         )
-    return Group(Text(), table, Text(rates(answers)))
+    return table
 
 
 def rates(answers: Sequence[Answer]) -> str:
