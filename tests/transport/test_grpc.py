@@ -229,6 +229,23 @@ async def test_proxies_of_the_environment_are_not_asked(monkeypatch, grpc_net):
 
 # --- processes that die --------------------------------------------------------------------------------------
 
+CLIENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from fakes import make_step
+from shardwright.transport.grpc import GrpcTransport
+
+async def steps():
+    yield make_step(1)
+    await asyncio.Event().wait()
+
+async def main():
+    client = GrpcTransport().connect(sys.argv[2])
+    async for ack in client.process_layers(steps()):
+        print("acknowledged", flush=True)
+
+asyncio.run(main())
+"""
 WORKER = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
@@ -268,3 +285,54 @@ async def test_a_killed_worker_breaks_its_links_within_a_second():
         await client.heartbeat(timeout_s=T)
     await process.wait()
     await client.close()
+
+
+async def test_a_killed_client_is_noticed_by_the_worker_within_a_second(grpc_net, eventually):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        CLIENT,
+        str(Path(__file__).parent),
+        grpc_net.listener.address,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert await asyncio.wait_for(process.stdout.readline(), 60) == b"acknowledged\n"
+    os.kill(process.pid, signal.SIGKILL)
+    await eventually(lambda: grpc_net.worker.links_lost == 1, limit_s=1)
+    await process.wait()
+
+
+async def test_closing_under_open_calls_is_quiet(grpc_net, caplog, capfd):
+    """Neither gRPC's Python nor its core has anything to complain about."""
+
+    async def steps():
+        for number in range(1_000_000):
+            yield make_step(number, tensor_bytes=100_000)
+
+    async def drive(stream):
+        with contextlib.suppress(LinkLostError):
+            async for _ in stream:
+                pass
+
+    drivers = [asyncio.create_task(drive(grpc_net.client.process_layers(steps()))) for _ in range(3)]
+    drivers.append(asyncio.create_task(drive(grpc_net.client.tokens(1))))
+    await asyncio.sleep(0.2)
+    await grpc_net.listener.close(grace_s=0)
+    await asyncio.wait_for(asyncio.gather(*drivers), 5)
+    assert grpc_net.worker.token_streams_closed == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == []
+    assert capfd.readouterr().err == ""
+
+
+async def test_leaving_under_open_calls_is_quiet(grpc_net, caplog):
+    async def steps():
+        for number in range(1_000_000):
+            yield make_step(number, tensor_bytes=100_000)
+
+    for _ in range(5):
+        link = grpc_net.client.process_layers(steps())
+        await anext(link)
+        await link.aclose()
+    await asyncio.sleep(0.2)
+    assert await grpc_net.client.describe(timeout_s=T) == DESCRIPTION
+    assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == []

@@ -11,9 +11,11 @@ MAX_HEADER_BYTES: Final = 6000  # of a message; gRPC drops calls whose headers e
 
 
 def _kinds(root: type[ShardwrightError]) -> Iterator[type[ShardwrightError]]:
+    """The tree of `errors`, without what other modules may have derived from it."""
     yield root
     for child in root.__subclasses__():
-        yield from _kinds(child)
+        if child.__module__ == ShardwrightError.__module__:
+            yield from _kinds(child)
 
 
 KINDS: Final[dict[str, type[ShardwrightError]]] = {kind.__name__: kind for kind in _kinds(ShardwrightError)}
@@ -21,7 +23,7 @@ KINDS: Final[dict[str, type[ShardwrightError]]] = {kind.__name__: kind for kind 
 
 def to_wire(error: ShardwrightError) -> tuple[str, str]:
     """Kind and message. A kind that is not in `errors` travels as its nearest ancestor there."""
-    kind = next(base.__name__ for base in type(error).__mro__ if KINDS.get(base.__name__) is base)
+    kind = next(base.__name__ for base in type(error).__mro__ if base in KINDS.values())
     return kind, _fit(str(error).encode(errors="replace").decode())
 
 
