@@ -59,8 +59,18 @@ def test_a_plan_as_json_covers_every_layer_once(run_cli, planned):
 def test_a_plan_without_workers_says_what_to_do(run_cli, tmp_path):
     outcome = run_cli("plan", "--model", tmp_path / "none")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: ")
-    assert "Traceback" not in outcome.err
+    assert outcome.err.startswith("error: workers.json lists no worker; add one")
+
+
+def test_a_model_that_is_not_there_is_told_before_workers_are_started(run_cli, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("shardwright.runtime.launcher.LocalWorkers", never)
+    for command in (("plan",), ("generate", "hi")):
+        outcome = run_cli(*command, "--model", tmp_path / "none", "--local-workers", "2", "--cache-dir", tmp_path)
+        assert outcome.code == 2
+        assert outcome.err.splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no file or folder")
 
 
 def difference(margin):
@@ -99,7 +109,7 @@ def test_a_difference_is_an_error_that_says_where(run_cli, verified):
     assert outcome.code == 5
     assert "prompt 2: first differs at new token 7: split gives token 5, the whole model the end" in outcome.out
     assert "1.5 apart there, more than rounding (0.25)" in outcome.out
-    assert outcome.err == "error: toy in 6 stages, float32: differs from the whole model on prompt 2\n"
+    assert outcome.err.splitlines()[-1] == "error: toy in 6 stages, float32: differs from the whole model on prompt 2"
 
 
 def test_a_difference_within_rounding_is_told_but_passes(run_cli, verified):

@@ -14,7 +14,7 @@ from shardwright.cli import aio, options
 from shardwright.cli.cluster import grpc_transport
 from shardwright.cli.console import one_sentence, stderr_console, stdout_console, warn
 from shardwright.cli.progress import StartProgress
-from shardwright.cli.start import check_worker_flags, local_worker_options, workers_for
+from shardwright.cli.start import check_worker_flags, local_worker_options, model_and_workers
 from shardwright.config import MIB, MasterConfig
 from shardwright.errors import MismatchError, WorkerUnreachableError
 
@@ -74,17 +74,15 @@ def plan(
 async def _plan(
     config: MasterConfig, *, local_workers: int, worker_options: Sequence[str]
 ) -> tuple[OpenModel, Placement]:
-    from shardwright.core.placement import place
-    from shardwright.runtime.session import check_versions, meet_workers, open_model, placement_settings
-
     async with contextlib.AsyncExitStack() as stack:
         progress = stack.enter_context(StartProgress(stderr_console()))
-        progress.doing(f"looking at {config.model}")
-        model = await open_model(config, progress)
-        progress.doing("asking the workers what they measured")
-        entries = await stack.enter_async_context(
-            workers_for(config, local_workers=local_workers, options=worker_options)
+        model, entries = await model_and_workers(
+            stack, config, progress, local_workers=local_workers, options=worker_options
         )
+        progress.doing("asking the workers what they measured")
+        from shardwright.core.placement import place
+        from shardwright.runtime.session import check_versions, meet_workers, placement_settings
+
         known, silent = await meet_workers(grpc_transport(config), entries, timeout_s=config.connect_timeout_s)
         for worker in known:
             stack.push_async_callback(worker.client.close)

@@ -15,7 +15,7 @@ from shardwright.errors import ConfigError, RegistryError
 from shardwright.runtime.registry import Registry, WorkerEntry
 
 if TYPE_CHECKING:
-    from shardwright.runtime.session import Session
+    from shardwright.runtime.session import OpenModel, Session
 
 
 def local_worker_options(*, device: str | None, threads: int | None, cache_dir: Path | None) -> list[str]:
@@ -60,23 +60,43 @@ async def workers_for(
     yield entries
 
 
+async def model_and_workers(
+    stack: contextlib.AsyncExitStack,
+    config: MasterConfig,
+    progress: StartProgress,
+    *,
+    local_workers: int,
+    options: Sequence[str],
+) -> tuple[OpenModel, Sequence[WorkerEntry]]:
+    """The model's files and the workers to use, cheapest check first, so that nothing is started in vain.
+
+    An empty registry is told at once, before torch is imported; local workers start when the model is known to be good.
+    """
+    entries: Sequence[WorkerEntry] = ()
+    if not local_workers:
+        entries = await stack.enter_async_context(workers_for(config, local_workers=0))
+    progress.doing(f"looking at {config.model}")
+    from shardwright.runtime.session import open_model
+
+    model = await open_model(config, progress)
+    if local_workers:
+        count = "1 worker" if local_workers == 1 else f"{local_workers} workers"
+        progress.doing(f"starting {count} on this machine")
+        entries = await stack.enter_async_context(workers_for(config, local_workers=local_workers, options=options))
+    return model, entries
+
+
 @contextlib.asynccontextmanager
 async def session_for(
     config: MasterConfig, *, local_workers: int, options: Sequence[str] = ()
 ) -> AsyncIterator[Session]:
-    """A session on the workers that the command uses; the model is looked at before any worker is started."""
+    """A session on the workers that a command uses, with its start shown."""
     async with contextlib.AsyncExitStack() as stack:
-        if not local_workers:  # an empty registry is told at once, before torch is imported
-            entries = await stack.enter_async_context(workers_for(config, local_workers=0))
         progress = stack.enter_context(StartProgress(stderr_console()))
-        progress.doing(f"looking at {config.model}")
-        from shardwright.runtime.session import open_model, open_session
-
-        model = await open_model(config, progress)
-        if local_workers:
-            progress.doing(f"starting {local_workers} workers on this machine")
-            entries = await stack.enter_async_context(workers_for(config, local_workers=local_workers, options=options))
+        model, entries = await model_and_workers(stack, config, progress, local_workers=local_workers, options=options)
         progress.doing("loading the stages")
+        from shardwright.runtime.session import open_session
+
         session = await stack.enter_async_context(
             open_session(config, entries, listener=progress, transport=grpc_transport(config), model=model)
         )
