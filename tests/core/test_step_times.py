@@ -42,6 +42,7 @@ def test_reports_are_averaged_and_only_decode_counts():
     times = StepTimes()
     times.add([timing(2, 0.02), StepTiming(num_sequences=1, num_tokens=500, mean_s=9.0, count=1)])
     times.add([timing(2, 0.06), StepTiming(num_sequences=2, num_tokens=2, mean_s=9.0, count=0)])
+    times.add([StepTiming(num_sequences=1, num_tokens=1, mean_s=9.0, count=1)])  # the probe: a cold step
     assert times.mean_s == {2: pytest.approx(0.03)}
 
 
@@ -73,6 +74,16 @@ def test_without_measurements_one_step_is_in_flight():
     assert tokens_per_second(half_known, num_sequences=8, num_steps=2) is None
 
 
+def test_half_batches_are_tried_once_where_machines_are_apart():
+    """Only whole batches were seen: two steps go out, their times come in, and the formula decides."""
+    whole = stages({8: 0.08})
+    assert choose_steps_in_flight(whole, num_sequences=8) == 2
+    assert choose_steps_in_flight(stages({4: 0.08, 8: 0.08}), num_sequences=8) == 1
+    assert choose_steps_in_flight(stages({4: 0.04, 8: 0.08}), num_sequences=8) == 2
+    assert choose_steps_in_flight(stages({8: 0.08}, same_host=True), num_sequences=8) == 1
+    assert choose_steps_in_flight(stages({8: 0.08}, count=1), num_sequences=8) == 1
+
+
 def test_times_of_zero_promise_nothing():
     assert choose_steps_in_flight(stages({1: 0.0}), num_sequences=8) == 1
 
@@ -85,6 +96,7 @@ def test_times_of_zero_promise_nothing():
     st.integers(1, 64),
 )
 def test_the_choice_is_never_slower_than_one_step(table, count, delay_s, same_host, num_sequences):
+    table[1] = min(table.values())  # a half batch was seen
     paces = stages(table, count=count, delay_s=delay_s, same_host=same_host)
     chosen = choose_steps_in_flight(paces, num_sequences=num_sequences)
     assert 1 <= chosen <= min(num_sequences, MOST_STEPS)

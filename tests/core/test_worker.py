@@ -202,7 +202,8 @@ def test_a_newer_assignment_replaces_an_idle_stage(worker):
 
 def test_the_same_part_of_the_model_may_keep_its_weights(worker):
     again = assignment(epoch=2, index=0, of=3, layers=(0, 2))
-    assert tell(worker, Assigned(assignment=again)) == [LoadStage(assignment=again)]
+    kept = UnloadStage(epoch=1, keep_weights=True)
+    assert tell(worker, Assigned(assignment=again)) == [kept, LoadStage(assignment=again)]
 
 
 def test_the_same_layers_with_another_role_are_another_part():

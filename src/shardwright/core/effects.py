@@ -116,9 +116,13 @@ class LoadStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadStage:
-    """Drop the stage's weights and KV blocks and close its links."""
+    """Drop the stage's weights and KV blocks and close its links.
+
+    With `keep_weights` the LoadStage that follows is of the same part of the model: the weights may be kept for it.
+    """
 
     epoch: Epoch
+    keep_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

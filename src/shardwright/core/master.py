@@ -376,6 +376,7 @@ class MasterState:
     def _send_steps(self) -> list[MasterEffect]:
         if self._phase is not PipelinePhase.READY:
             return []
+        assert self._cluster.all_loaded(), "a pipeline takes steps over workers that are not ready"
         effects: list[MasterEffect] = []
         num_groups = self._max_steps_in_flight()
         while len(self._scheduler.in_flight) < num_groups:

@@ -9,6 +9,9 @@ must compute m steps. So
 Stages on one device (one machine's cores, one GPU) compute one after the other: for them the second term is what
 counts, and more than one step in flight seldom pays. Where t is flat in b (decode bound by memory) it never does;
 where t grows with b, up to about S (1 + l/t) steps gain in proportion.
+
+A table that knows only whole batches can't tell. So where no two stages share a device, and half batches were never
+seen, two steps are put in flight until they are: that costs little, and the formula decides from then on.
 """
 
 from __future__ import annotations
@@ -36,15 +39,22 @@ class StepTimes:
     mean_s: dict[int, float] = field(default_factory=dict)
 
     def add(self, timings: Iterable[StepTiming]) -> None:
-        """Take a report's means. Only pure decode steps count: one token for each sequence."""
+        """Take a report's means. Only pure decode steps count (one token for each sequence), and no step alone.
+
+        A step alone may be the first of its shape, which prepares kernels and buffers: the probe is such a one.
+        """
         for timing in timings:
-            if timing.count < 1 or timing.num_tokens != timing.num_sequences or timing.num_sequences < 1:
+            if timing.count < 2 or timing.num_tokens != timing.num_sequences or timing.num_sequences < 1:
                 continue
             known = self.mean_s.get(timing.num_sequences)
             if known is None:
                 self.mean_s[timing.num_sequences] = timing.mean_s
             else:
                 self.mean_s[timing.num_sequences] += _NEW_WEIGHT * (timing.mean_s - known)
+
+    def knows(self, num_sequences: int) -> bool:
+        """Whether a step of at most so many sequences was measured."""
+        return any(size <= num_sequences for size in self.mean_s)
 
     def at(self, num_sequences: int) -> float | None:
         """The time for a step of so many sequences, in seconds; None when nothing was measured.
@@ -91,11 +101,17 @@ def tokens_per_second(stages: Sequence[StagePace], *, num_sequences: int, num_st
 
 
 def choose_steps_in_flight(stages: Sequence[StagePace], *, num_sequences: int) -> int:
-    """The fewest steps in flight that no larger number beats by a margin; 1 while a stage is not measured."""
+    """The fewest steps in flight that no larger number beats by a margin.
+
+    1 while a stage is not measured at all; 2 where only the time of half as many sequences is still missing.
+    """
     best_steps = 1
     best_rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=1) if stages else None
-    if best_rate is None:
+    if best_rate is None or num_sequences < 2:
         return 1
+    apart = len({stage.device for stage in stages}) == len(stages) > 1
+    if apart and not all(stage.times.knows(-(-num_sequences // 2)) for stage in stages):
+        return 2
     for num_steps in range(2, min(num_sequences, MOST_STEPS) + 1):
         rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=num_steps)
         if rate is not None and rate > best_rate * WORTHWHILE:

@@ -149,13 +149,14 @@ class WorkerState:
         return effects + self._take_down(was_loaded=True)
 
     def _take_down(self, *, was_loaded: bool) -> list[WorkerEffect]:
-        """Unload, unless the next assignment has the same part of the model and may keep the weights."""
+        """Unload, and begin what waits; if that is the same part of the model, its weights may be kept."""
         old = self._assignment
         assert old is not None
         new = self._next
         effects: list[WorkerEffect] = []
-        if was_loaded and (new is None or not _same_part(old, new)):
-            effects.append(UnloadStage(epoch=old.epoch))
+        if was_loaded:
+            keep_weights = new is not None and _same_part(old, new)
+            effects.append(UnloadStage(epoch=old.epoch, keep_weights=keep_weights))
         self._assignment = None
         self._phase = StagePhase.EMPTY
         if new is not None:
