@@ -221,7 +221,19 @@ class MasterEngine:
         deadline = self._state.next_deadline()
         if deadline is not None and not self._closed:
             delay = max(0.0, deadline - self._now())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._handle, Tick())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer, deadline)
+
+    def _on_timer(self, deadline: float) -> None:
+        """The core's deadline is here. If this process itself was held up, workers' answers may wait unread: first
+        give the event loop time to read them, or they would be called lost for the master's own slowness.
+        """
+        if self._now() - deadline > self._heartbeat_interval_s:
+            again = self._now() + 2 * self._heartbeat_interval_s
+            self._timer = asyncio.get_running_loop().call_at(
+                asyncio.get_running_loop().time() + 2 * self._heartbeat_interval_s, self._on_timer, again
+            )
+            return
+        self._handle(Tick())
 
     def _apply(self, effect: MasterEffect) -> None:
         match effect:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -420,7 +421,11 @@ class _StageSender:
         self._listener = listener
 
     async def __call__(self, assignment: StageAssignment, client: WorkerClient) -> LoadDone:
-        load = await asyncio.to_thread(self._stage_load, assignment)
+        stop = threading.Event()
+        try:
+            load = await asyncio.to_thread(self._stage_load, assignment, stop)
+        finally:
+            stop.set()  # a load that is given up does not go on hashing
 
         def progress(message: Progress) -> None:
             if isinstance(message, LoadProgress):
@@ -428,7 +433,7 @@ class _StageSender:
 
         return await send_stage(client, load, self._model.checkpoint, progress)
 
-    def _stage_load(self, assignment: StageAssignment) -> StageLoad:
+    def _stage_load(self, assignment: StageAssignment, stop: threading.Event) -> StageLoad:
         from shardwright.model.families import read_config, slice_model
         from shardwright.model.weights import stage_tensor_names
 
@@ -436,7 +441,9 @@ class _StageSender:
         config = read_config(model.config_json)
         sliced = slice_model(config, assignment.layers, is_first=assignment.is_first, is_last=assignment.is_last)
         names = stage_tensor_names(sliced, config, model.checkpoint.tensors, model.checkpoint.format)
-        specs = hash_tensors(model.checkpoint, names, cache_dir=self._cache_dir, progress=self._listener.hashing)
+        specs = hash_tensors(
+            model.checkpoint, names, cache_dir=self._cache_dir, progress=self._listener.hashing, stop=stop
+        )
         next_id = assignment.next_worker_id
         return StageLoad(
             assignment=assignment,

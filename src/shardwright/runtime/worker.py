@@ -38,7 +38,7 @@ from shardwright.core.events import (
     StepErrored,
     WorkerEvent,
 )
-from shardwright.core.worker import WorkerState
+from shardwright.core.worker import StagePhase, WorkerState
 from shardwright.errors import (
     LinkLostError,
     ProtocolError,
@@ -389,8 +389,8 @@ class WorkerShell:
         """Let the core take the assignment and wait until an older stage is gone; False if it was refused."""
         epoch = load.assignment.epoch
         interrupted, self._interrupted = self._interrupted, None
-        if interrupted == epoch and self._state.assignment == load.assignment:
-            return True  # the same load over a new connection
+        if self._state.phase is StagePhase.LOADING and self._state.assignment == load.assignment:
+            return True  # the same load over a new connection; the receiver ends what the old one still does
         if interrupted is not None:
             self._handle(LoadFailed(epoch=interrupted, reason="the master went on to another epoch"))
         last = self._state.last_epoch
