@@ -336,3 +336,22 @@ async def test_leaving_under_open_calls_is_quiet(grpc_net, caplog):
     await asyncio.sleep(0.2)
     assert await grpc_net.client.describe(timeout_s=T) == DESCRIPTION
     assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == []
+
+
+async def test_a_frozen_worker_is_noticed_through_keepalive(monkeypatch):
+    """Its machine still acknowledges packets, or is gone without a word: only unanswered pings tell."""
+    monkeypatch.setattr("shardwright.transport.grpc_options.KEEPALIVE_S", 1)
+    monkeypatch.setattr("shardwright.transport.grpc_options.KEEPALIVE_TIMEOUT_S", 1)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WORKER, str(Path(__file__).parent), stdout=asyncio.subprocess.PIPE
+    )
+    address = (await asyncio.wait_for(process.stdout.readline(), 60)).decode().strip()
+    client = GrpcTransport().connect(address)
+    waiting = asyncio.create_task(anext(client.tokens(1)))
+    await client.describe(timeout_s=T)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(LinkLostError, match="ping timeout"):
+        await asyncio.wait_for(waiting, 10)
+    process.kill()
+    await process.wait()
+    await client.close()
