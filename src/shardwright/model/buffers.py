@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedModel
 
 from shardwright.errors import UnsupportedModelError
 from shardwright.model.construction import CONSTRUCTION
@@ -29,7 +29,7 @@ def fill_computed_tensors(
         dtype = outline.dtypes.get(name, meta.dtype)
         empty = _poisoned(meta.shape, dtype, device)
         setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if isinstance(meta, nn.Parameter) else empty)
-    with CONSTRUCTION, torch.no_grad(), initialization.guard_torch_init_functions():
+    with CONSTRUCTION, torch.no_grad():
         _initialize(model, outline.model)
     for name in filled:
         module, leaf = _owner(model, name)

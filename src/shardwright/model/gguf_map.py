@@ -35,6 +35,7 @@ _ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "minimax_m2": "minimax-m2",
     "mistral": "llama",
+    "gpt_oss": "gpt-oss",
 }  # model types whose GGUF files carry another name
 
 
@@ -144,7 +145,18 @@ class GgufMap:
 
 def _dequantize(raw: RawTensors, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     data, ggml_type = _blocks(raw, name)
-    return np.asarray(dequantize(data, ggml_type))
+    return _values(name, data, ggml_type)
+
+
+def _values(
+    name: str, data: np.ndarray[Any, np.dtype[np.uint8]], ggml_type: gguf.GGMLQuantizationType
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    try:
+        return np.asarray(dequantize(data, ggml_type))
+    except NotImplementedError as exc:
+        raise UnsupportedModelError(
+            f"tensor {name!r} is stored as {ggml_type.name}, which can't be read; use another quantisation of the model"
+        ) from exc
 
 
 def _dequantize_by_rows(
@@ -155,7 +167,7 @@ def _dequantize_by_rows(
     target = torch.empty(shape, dtype=final, device=device)
     rows = max(1, _CHUNK_VALUES // max(1, shape[1]))
     for start in range(0, shape[0], rows):
-        values = np.array(dequantize(data[start : start + rows], ggml_type))
+        values = np.array(_values(name, data[start : start + rows], ggml_type))
         target[start : start + rows].copy_(torch.from_numpy(values).to(dtype))
     return target
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from shardwright.model.construction import CONSTRUCTION
@@ -33,12 +33,7 @@ def draw_outline(model: nn.Module, config: Any, dtype: torch.dtype) -> Outline:
     it, and so do the modules that a family wants in float32.
     """
     config = copy.deepcopy(config)
-    with (
-        CONSTRUCTION,
-        torch.device("meta"),
-        initialization.no_tie_weights(),
-        initialization.meta_device_safe_creation_ops(),
-    ):
+    with CONSTRUCTION, torch.device("meta"):
         if isinstance(model, PreTrainedModel):
             whole = type(model)._from_config(config, dtype=dtype, attn_implementation="eager")  # noqa: SLF001  what AutoModel.from_config calls
         else:
