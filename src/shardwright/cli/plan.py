@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -211,7 +212,9 @@ def describe(verdict: Verdict) -> str:
         "the end" if token is None else f"token {token}" for token in (difference.split_token, difference.whole_token)
     )
     where = f"first differs at new token {difference.index}: split gives {split}, the whole model {whole}"
-    margin = f"its two best logits are {difference.margin:.4g} apart there"
+    if math.isinf(difference.margin):
+        return where
+    margin = f"its logits for them are {difference.margin:.4g} apart there"
     if difference.within_rounding:
         return f"{where}; {margin}, within rounding ({difference.rounding:.4g})"
     return f"{where}; {margin}, more than rounding ({difference.rounding:.4g})"

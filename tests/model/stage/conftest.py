@@ -13,103 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import Whole, greedy_answer, prompt_of, save_whole
+from transformers import AutoConfig, PreTrainedModel
 
 from shardwright.model.stage import Stage, StageOutput, build_stage
 from shardwright.types import LayerRange, SamplingParams, SequenceSlice, StepInput, TensorSpec, TokenOut
 
 GREEDY = SamplingParams()
-VOCABULARY = 151
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma": {"tie_word_embeddings": True, "num_key_value_heads": 1},
-    "gemma2": {
-        "tie_word_embeddings": True,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0,
-        "sliding_window": 7,
-        "query_pre_attn_scalar": 37,
-    },
-    "gemma3_text": {
-        "tie_word_embeddings": True,
-        "sliding_window": 6,
-        "query_pre_attn_scalar": 29,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        "num_hidden_layers": 6,
-    },
-    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "max_window_layers": 2,
-        "rope_parameters": YARN,
-    },
-    "qwen3": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
-    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8, "head_dim": None},
-    "olmo2": {"attention_bias": True},
-    "granite": {
-        "tie_word_embeddings": True,
-        "embedding_multiplier": 3.5,
-        "residual_multiplier": 0.37,
-        "logits_scaling": 2.3,
-        "attention_multiplier": 0.31,
-        "attention_bias": True,
-    },
-    "qwen3_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 2,
-    },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 10},
-}
-
-
-def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A small config of the family with values that are not neutral."""
-    fields = {**SMALL, **FAMILIES[model_type], **changes}
-    if fields["head_dim"] is None:
-        del fields["head_dim"]
-    return AutoConfig.for_model(model_type, **fields)
-
-
-def fill_randomly(model: PreTrainedModel, seed: int) -> None:
-    """Random weights of a size that keeps activations near 1 and logits far from ties."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
-            elif "embed" in name:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
 
 
 @dataclass
@@ -163,7 +73,7 @@ class SplitModel:
         device: str = "cpu",
     ) -> None:
         config_json = (folder / "config.json").read_text()
-        num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+        num_layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
         raw = MemoryTensors.of_folder(folder)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -250,24 +160,7 @@ def serve(split: SplitModel, requests: Sequence[Asked], *, budget: int = 11, see
 
 def whole_answers(model: PreTrainedModel, requests: Iterable[Asked]) -> list[list[int]]:
     """What `transformers` generates greedily with the whole model, one request after the other."""
-    answers = []
-    for request in requests:
-        prompt = torch.tensor([list(request.prompt)])
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request.max_new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        answers.append(out[0, prompt.shape[1] :].tolist())
-    return answers
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    """A random prompt."""
-    return np.random.default_rng(seed).integers(3, VOCABULARY, size=length).tolist()
+    return [greedy_answer(model, request.prompt, request.max_new_tokens) for request in requests]
 
 
 RAGGED = [
@@ -280,14 +173,6 @@ RAGGED = [
 """Unlike lengths; two join while others are under way, and each leaves at another time."""
 
 
-@dataclass
-class Whole:
-    """A whole model, as `transformers` has it, and the folder that it was saved to."""
-
-    model: PreTrainedModel
-    folder: Path
-
-
 @pytest.fixture(scope="session")
 def make_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]:
     """Makes a tiny model once for each family and set of changes, saved as safetensors."""
@@ -296,12 +181,7 @@ def make_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]
     def make(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Whole:
         key = f"{model_type} {dtype} {sorted(changes.items())}"
         if key not in made:
-            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype).eval()
-            fill_randomly(model, seed=7)
-            model.tie_weights()
-            folder = tmp_path_factory.mktemp(model_type)
-            model.save_pretrained(folder)
-            made[key] = Whole(model=model, folder=folder)
+            made[key] = save_whole(model_type, tmp_path_factory.mktemp(model_type), dtype=dtype, **changes)
         return made[key]
 
     return make
