@@ -15,6 +15,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=200, help="how many seeds to play")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds is {arguments.seeds}; it must be at least 1")
     counts: Counter[str] = Counter()
     began = time.perf_counter()
     seeds = range(arguments.first, arguments.first + arguments.seeds)
@@ -25,8 +27,9 @@ def main() -> int:
             print(f"\nfailed: {exc}\nagain:  python tests/sim/run.py --first {seed} --seeds 1", file=sys.stderr)
             return 1
         if sys.stdout.isatty() or done == len(seeds) or done % 100 == 0:
-            print(f"\r{done}/{len(seeds)} seeds, {time.perf_counter() - began:.1f} s", end="", flush=True)
-    print("".join(f"\n  {name:14} {count}" for name, count in sorted(counts.items())))
+            end = "\r" if sys.stdout.isatty() and done < len(seeds) else "\n"
+            print(f"{done}/{len(seeds)} seeds, {time.perf_counter() - began:.1f} s", end=end, flush=True)
+    print("\n".join(f"  {name:15} {count:8}" for name, count in sorted(counts.items())))
     return 0
 
 

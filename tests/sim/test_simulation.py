@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import run
 from simulated_cluster import Simulation, play
 
 RUN = Path(__file__).parent / "run.py"
@@ -55,3 +56,16 @@ def test_run_tells_how_many_seeds_it_played():
     )
     assert answer.returncode == 0
     assert "3/3 seeds" in answer.stdout
+
+
+def test_run_names_the_seed_that_failed(monkeypatch, capsys):
+    def fail_at_two(seed: int) -> Simulation:
+        assert seed != 2, "seed 2, 0.5 s: a block is free twice"
+        return play(seed)
+
+    monkeypatch.setattr(run, "play", fail_at_two)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "9"])
+    assert run.main() == 1
+    told = capsys.readouterr().err
+    assert "seed 2, 0.5 s: a block is free twice" in told
+    assert "--first 2 --seeds 1" in told
