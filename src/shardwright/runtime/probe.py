@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,15 @@ class Machine:
             gpu=GpuWatch(GpuProbe(gpu_address(self.device), nvml=load_nvml())),
         )
 
-    def describe(self) -> WorkerDescription:
-        """Who this worker is, what it measured at its start, and what memory it has free now."""
+    def describe(self, *, stage_bytes: int = 0) -> WorkerDescription:
+        """Who this worker is, what it measured at its start, and what memory it has for a stage now.
+
+        `stage_bytes` are held by the present stage: a master that died may have left it, and a new one replaces it.
+        """
         import torch
 
         memory = device_memory(self.device)
+        memory = replace(memory, available=min(memory.available + stage_bytes, memory.total))
         return WorkerDescription(
             protocol_version=PROTOCOL_VERSION,
             package_version=__version__,

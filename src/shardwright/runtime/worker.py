@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,10 @@ PROGRESS_INTERVAL_S = 0.1
 StepKey = tuple[Epoch, StepId]
 
 
+class _BuildStopped(Exception):  # noqa: N818  not an error: nobody wants the stage any more
+    """Ends the building of a stage between two tensors."""
+
+
 class WeightReceiver(Protocol):
     """Finds a stage's tensors on this machine or takes them from the master."""
 
@@ -104,8 +109,8 @@ class WeightReceiver(Protocol):
 class MachineProbe(Protocol):
     """Tells what the machine is and how it does."""
 
-    def describe(self) -> WorkerDescription:
-        """Who this worker is and what it measured."""
+    def describe(self, *, stage_bytes: int) -> WorkerDescription:
+        """Who this worker is and what it measured; `stage_bytes` are held by a stage that a new one would replace."""
         ...
 
     def report(
@@ -215,13 +220,16 @@ class WorkerShell:
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._stop_build = threading.Event()  # of the load that goes on now, if one does
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- service -----------------------------------------------------------------------------------
 
     async def describe(self) -> WorkerDescription:
         """Who this worker is and what it measured."""
-        about = await asyncio.to_thread(self._probe.describe)
+        held = self._held
+        stage_bytes = held.stage.weight_bytes + held.stage.kv_bytes if held else 0
+        about = await asyncio.to_thread(self._probe.describe, stage_bytes=stage_bytes)
         return replace(about, last_epoch=self._state.last_epoch, in_use=self._open_links > 0)
 
     async def heartbeat(self) -> HeartbeatReport:
@@ -302,13 +310,14 @@ class WorkerShell:
 
     async def close(self) -> None:
         """End links, compute and stage. The listener is closed before."""
+        self._stop_build.set()
         held, self._held = self._held, None
         if held is not None:
             await self._drop(held)
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._compute.shutdown(wait=True, cancel_futures=True)
+        self._compute.shutdown(wait=False, cancel_futures=True)  # a step may take long, and nobody wants it any more
 
     # --- core --------------------------------------------------------------------------------------
 
@@ -407,17 +416,16 @@ class WorkerShell:
         return True
 
     async def _build(self, load: StageLoad, raw: RawTensors, replies: asyncio.Queue[LoadReply | None]) -> Stage:
-        import torch
-
-        from shardwright.model.stage import build_stage
-
         loop = asyncio.get_running_loop()
         total = sum(spec.num_bytes for spec in load.tensors)
 
         told_at = -PROGRESS_INTERVAL_S
+        self._stop_build = stop = threading.Event()
 
         def progress(done: int) -> None:
             nonlocal told_at
+            if stop.is_set():
+                raise _BuildStopped
             now = self._now()
             if now - told_at < PROGRESS_INTERVAL_S and done < total:
                 return
@@ -426,6 +434,10 @@ class WorkerShell:
             loop.call_soon_threadsafe(replies.put_nowait, message)
 
         def build() -> Stage:
+            import torch  # here, since it takes seconds: heartbeats are answered meanwhile
+
+            from shardwright.model.stage import build_stage
+
             torch.set_num_threads(self._num_threads)
             return build_stage(
                 config_json=load.model_config,
@@ -440,7 +452,11 @@ class WorkerShell:
                 progress=progress,
             )
 
-        return await loop.run_in_executor(self._compute, build)
+        try:
+            return await loop.run_in_executor(self._compute, build)
+        except asyncio.CancelledError:
+            stop.set()  # or two stages would be in memory once the next is built
+            raise
 
     def _unload(self, epoch: Epoch) -> None:
         held = self._held

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import threading
 from collections.abc import AsyncIterator, Callable
 
 from shardwright.config import WorkerConfig
@@ -50,4 +52,11 @@ async def run_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -
     address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
     async with open_worker(config, transport, address) as listener:
         announce(listener.address)
+        # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
+        threading.Thread(target=_import_model_code, name="import", daemon=True).start()
         await asyncio.Event().wait()
+
+
+def _import_model_code() -> None:
+    """Load the modules that stages are built with, which takes seconds."""
+    importlib.import_module("shardwright.model.stage")
