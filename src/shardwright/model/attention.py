@@ -252,11 +252,13 @@ class BatchCell:
 class PagedLayer:
     """A layer's port to its paged cache."""
 
-    __slots__ = ("_cache", "_cell")
+    __slots__ = ("_cache", "_cell", "_window")
 
-    def __init__(self, cache: LayerCache, cell: BatchCell) -> None:
+    def __init__(self, cache: LayerCache, cell: BatchCell, window: int | None) -> None:
+        """`window` is the family's mask's: with other kernels the mask decides, and the argument is only advice."""
         self._cache = cache
         self._cell = cell
+        self._window = window
 
     def attend(
         self,
@@ -273,7 +275,7 @@ class PagedLayer:
         cache = self._cache
         cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1))
         cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1))
-        groups = batch.groups(call.window)
+        groups = batch.groups(self._window)
         if len(groups) == 1:
             return _attend_group(query[0], cache, groups[0], call)[None]
         out = query.new_empty((batch.num_tokens, query.shape[1], cache.values.shape[-1]))

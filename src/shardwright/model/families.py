@@ -26,7 +26,7 @@ from shardwright.errors import CheckpointError, UnsupportedModelError
 from shardwright.model.attention import ATTENTION_NAME
 from shardwright.model.construction import CONSTRUCTION
 from shardwright.model.probe import PROBE_NAME, Probed, ProbeError, probe
-from shardwright.model.skeleton import EmptyOutput, PassThrough
+from shardwright.model.skeleton import Absent, EmptyOutput, PassThrough
 from shardwright.model.supported import SPLITTABLE_FAMILIES
 from shardwright.types import LayerRange, ModelCosts
 
@@ -100,12 +100,11 @@ def slice_model(
     for index, layer in enumerate(stack):
         if index not in layers:
             stack[index] = PassThrough(layer, plan.probed.layers[index], is_end=index == plan.num_layers - 1)
-    if not is_first:
-        for name, shape in plan.probed.before.items():
-            _replace(model, name, EmptyOutput(shape, dtype))
-    if not is_last:
-        for name in plan.probed.after:
-            _replace(model, name, nn.Identity())
+    before = {} if is_first else plan.probed.before
+    absent = {*plan.probed.unused, *(() if is_last else plan.probed.after)}
+    for name in sorted({*before, *absent}, key=lambda n: (-n.count("."), n)):  # inner modules before outer ones
+        module = model.get_submodule(name)
+        _replace(model, name, EmptyOutput(module, before[name], dtype) if name in before else Absent(module))
     return model
 
 
@@ -122,7 +121,7 @@ def model_costs(config_json: str, *, name: str, dtype: str) -> ModelCosts:
         name=name,
         hidden_size=int(plan.probed.hidden.size_per_token),
         layer_bytes=tuple(_bytes(layer) for layer in stack.children()),
-        layer_kv_bytes_per_token=tuple(layer.kv.bytes_per_token(DTYPES[dtype]) for layer in plan.probed.layers),
+        layer_kv_bytes_per_token=tuple(layer.kv_bytes_per_token(DTYPES[dtype]) for layer in plan.probed.layers),
         embedding_bytes=embedding,
         head_bytes=head,
         tied_embedding=tied,

@@ -6,14 +6,17 @@ a layer. From the marks follows what must travel between stages, and whether the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import DynamicCache, KVSharingDict
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -23,8 +26,22 @@ from shardwright.model.kv_cache import KvShape
 
 PROBE_NAME = "shardwright_probe"
 _TOKENS = 7  # no family has a dimension of this size
+_FARTHEST = 1 << 20  # positions; a window as long as this is none
 _FROM_BEFORE, _FROM_LAYER = 1, 2
 _SHAPE_ONLY = ("new_", "_like")  # operations that take no values from their argument
+
+
+KeyPath: TypeAlias = tuple[Any, ...]
+"""Where a tensor stands among a layer's (args, kwargs), as torch's pytree writes it."""
+
+# some families keep what later layers reuse in this dictionary; without this its tensors are invisible to pytree
+if KVSharingDict not in pytree.SUPPORTED_NODES:
+    pytree.register_pytree_node(
+        KVSharingDict,
+        lambda shared: (list(shared.values()), list(shared)),
+        lambda values, keys: KVSharingDict(dict(zip(keys, values, strict=True))),
+        flatten_with_keys_fn=lambda shared: ([(pytree.MappingKey(k), v) for k, v in shared.items()], list(shared)),
+    )
 
 
 class ProbeError(Exception):
@@ -57,15 +74,34 @@ class OutputShape:
         return tensor.view(tensor.shape[0], *rest).movedim(0, self.token_axis)
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A tensor beside the hidden states that later layers are given too."""
+
+    shape: OutputShape
+    origin: int  # the layer that makes it; -1 for what is made before the layers
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFacts:
+    """One attention of a layer: where it is, what it keeps and how far it sees."""
+
+    module: str  # a path inside the layer; empty for the layer itself
+    kv: KvShape
+    window: int | None  # each position sees itself and the `window - 1` before it
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
     """What one layer keeps, asks for, takes and returns."""
 
-    kv: KvShape
-    attention: str  # the module that attends, as a path inside the layer
-    window: int | None
+    attentions: tuple[AttentionFacts, ...]
     num_outputs: int | None  # length of the tuple that it returns; None if it returns the hidden states alone
-    carried: tuple[tuple[int, str], ...]  # (index of the argument, name) of what else comes from before the layers
+    carried: tuple[tuple[KeyPath, str], ...]  # (place among the arguments, name) of what else is computed before it
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of one position's K and V."""
+        return sum(attention.kv.bytes_per_token(dtype) for attention in self.attentions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +112,13 @@ class Probed:
     layers: tuple[LayerFacts, ...]
     before: dict[str, OutputShape]  # modules with parameters that run before the layers only, and what they return
     after: tuple[str, ...]  # modules with parameters that run after the layers only
-    carried: dict[str, OutputShape]  # what travels beside the hidden states
+    unused: tuple[str, ...]  # modules whose parameters have no part in it, as a vision tower's
+    carried: dict[str, Carried]  # what travels beside the hidden states
+
+    def crossing(self, layer: int) -> list[str]:
+        """What must travel with the hidden states from layer `layer - 1` to layer `layer`, in a fixed order."""
+        used = dict.fromkeys(name for facts in self.layers[layer:] for _, name in facts.carried)
+        return [name for name in used if self.carried[name].origin < layer]
 
 
 def probe(model: Any, layers: str) -> Probed:
@@ -88,18 +130,40 @@ def probe(model: Any, layers: str) -> Probed:
         model.config._experts_implementation = "batched_mm"  # noqa: SLF001
     ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
     positions = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # given as positions, nothing is left out before the head
+        options["logits_to_keep"] = torch.zeros((_TOKENS,), dtype=torch.int64, device="meta")
     try:
-        with recorder, torch.no_grad(), _Marks():  # type: ignore[no-untyped-call]
-            model(input_ids=ids, position_ids=positions, use_cache=False)
+        # mixtures of experts ask which tokens an expert has; on the meta device: all of them
+        counting = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        with recorder, counting, torch.no_grad(), _Marks(recorder.used):
+            model(input_ids=ids, position_ids=positions, **options)
     except UnsupportedModelError as exc:
         raise ProbeError(str(exc)) from exc
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as exc:
         raise ProbeError(f"its forward can't be followed ({type(exc).__name__}: {str(exc).splitlines()[0]})") from exc
-    return recorder.result()
+    probed = recorder.result()
+    _check_cache(model, probed)
+    return probed
+
+
+def _check_cache(model: Any, probed: Probed) -> None:
+    """Refuse a model whose own cache forgets positions that its mask lets through: its answer depends on chunks."""
+    for index, cached in enumerate(DynamicCache(config=model.config.get_text_config(decoder=True)).layers):
+        reach = getattr(cached, "sliding_window", None)
+        if reach is None or index >= len(probed.layers):
+            continue
+        if any(a.window is None or a.window > reach for a in probed.layers[index].attentions):
+            raise ProbeError(f"layer {index}'s cache forgets positions that its attention mask lets through")
 
 
 class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands the marks of an operation's arguments on to its results."""
+    """Hands the marks of an operation's arguments on to its results, and notes which parameters are used at all."""
+
+    def __init__(self, used: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._used = used
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,6 +178,8 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mark = 0
         for leaf in pytree.tree_leaves((args, kwargs)):
             mark |= _mark_of(leaf)
+            if isinstance(leaf, nn.Parameter):
+                self._used.add(id(leaf))
         if mark:
             _set_mark(result, mark)
         return result
@@ -146,8 +212,8 @@ class _SeenLayer:
     hidden_in: torch.Tensor | None = None
     hidden_out: torch.Tensor | None = None
     num_outputs: int | None = None
-    arguments: list[Any] = field(default_factory=list)
-    attentions: list[tuple[str, KvShape, AttentionCall]] = field(default_factory=list)
+    arguments: list[tuple[KeyPath, Any]] = field(default_factory=list)
+    attentions: list[AttentionFacts] = field(default_factory=list)
 
 
 class _Port:
@@ -170,30 +236,31 @@ class _Port:
             raise ProbeError(f"layer {self._seen.index} attends to something other than the step's tokens")
         if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1] or query.shape[3] != key.shape[3]:
             raise ProbeError(f"layer {self._seen.index} has heads that don't fit each other")
-        _check_mask(mask, call.window, self._seen.index)
         shape = KvShape(heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
-        self._seen.attentions.append((self._name, shape, call))
+        window = call.window if mask is None else _window_of(mask, self._seen.index)
+        self._seen.attentions.append(AttentionFacts(self._name, shape, window))
         out = query.new_empty((1, _TOKENS, query.shape[1], value.shape[3]))
         _set_mark(out, _mark_of(query) | _mark_of(key) | _mark_of(value))
         return out
 
 
-def _check_mask(mask: torch.Tensor | None, window: int | None, layer: int) -> None:
-    """Compare the mask that the family would build with what its keyword arguments say."""
-    if mask is None:
-        return
+def _window_of(mask: torch.Tensor, layer: int) -> int | None:
+    """How far back a mask lets a position see; None for all the way. Raises `ProbeError` for any other pattern."""
     see = getattr(mask, "shardwright_mask", None)
     if see is None:
         raise ProbeError(f"layer {layer} attends under a mask of the family's own making")
-    edge = min(window or 64, 8192)
+    zero, far = torch.tensor(0), _FARTHEST - 1
+    visible = int(see(zero, zero, torch.tensor(far), torch.arange(_FARTHEST)).expand(_FARTHEST).sum())
+    window = None if visible == _FARTHEST else visible
+    edge = window or 64
     places = sorted({0, 1, 2, 31, 200, *(n * edge + d for n in (1, 2) for d in (-1, 0, 1))})
     queries, keys = torch.tensor(places)[:, None], torch.tensor(places)[None, :]
     expected = keys <= queries
     if window is not None:
         expected &= keys > queries - window
-    zero = torch.tensor(0)
     if not torch.equal(see(zero, zero, queries, keys).expand_as(expected), expected):
-        raise ProbeError(f"layer {layer} masks attention in a way that its attention function is not told")
+        raise ProbeError(f"layer {layer} attends under a mask that is neither causal nor a sliding window")
+    return window
 
 
 class _Recorder:
@@ -214,6 +281,7 @@ class _Recorder:
         self._phases: dict[str, set[str]] = {}
         self._shapes: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self.used: set[int] = set()  # ids of the parameters that some operation takes
 
     def __enter__(self) -> None:
         for index, layer in enumerate(self._layers):
@@ -230,14 +298,15 @@ class _Recorder:
             handle.remove()
         for layer in self._layers:
             for module in layer.modules():
-                delattr(module, PORT_ATTRIBUTE)
+                vars(module).pop(PORT_ATTRIBUTE, None)
 
     def _enter(self, seen: _SeenLayer) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._order.append(seen.index)
             hidden = args[0] if args else kwargs.get("hidden_states")
             seen.hidden_in = hidden if isinstance(hidden, torch.Tensor) else None
-            seen.arguments = pytree.tree_leaves((args, kwargs))
+            seen.arguments = pytree.tree_flatten_with_path((args, kwargs))[0]
+            _set_mark(hidden, _FROM_LAYER)
 
         return hook
 
@@ -265,14 +334,18 @@ class _Recorder:
         if self._order != list(range(len(self._layers))):
             raise ProbeError("its layers don't run once each, one after the other")
         hidden = self._hidden()
-        carried: dict[str, OutputShape] = {}
-        names: dict[int, str] = {}
-        facts = tuple(self._facts(seen, carried, names) for seen in self._seen)
+        carried: dict[str, Carried] = {}
+        first_seen: dict[int, int] = {}
+        for seen in self._seen:
+            for _, leaf in seen.arguments:
+                first_seen.setdefault(id(leaf), seen.index)
+        facts = tuple(self._facts(seen, carried, first_seen) for seen in self._seen)
         return Probed(
             hidden=hidden,
             layers=facts,
             before={n: _output_shape(self._shapes[n], n) for n, p in self._phases.items() if p == {"before"}},
             after=tuple(n for n, p in self._phases.items() if p == {"after"}),
+            unused=tuple(n for n, m in self._outer.items() if not any(id(p) in self.used for p in m.parameters())),
             carried=carried,
         )
 
@@ -291,26 +364,22 @@ class _Recorder:
             previous = seen.hidden_out
         return _output_shape(previous, "the last layer")
 
-    def _facts(self, seen: _SeenLayer, carried: dict[str, OutputShape], names: dict[int, str]) -> LayerFacts:
-        if len(seen.attentions) != 1:
-            what = (
-                "does not attend through the attention interface" if not seen.attentions else "attends more than once"
-            )
-            raise ProbeError(f"layer {seen.index} {what}, so its state can't be paged")
-        travels: list[tuple[int, str]] = []
-        for index, leaf in enumerate(seen.arguments):
+    def _facts(self, seen: _SeenLayer, carried: dict[str, Carried], first_seen: dict[int, int]) -> LayerFacts:
+        if not seen.attentions:
+            raise ProbeError(f"layer {seen.index} keeps a state other than K and V, or attends by code of its own")
+        if len({attention.module for attention in seen.attentions}) != len(seen.attentions):
+            raise ProbeError(f"a module of layer {seen.index} attends more than once")
+        travels: list[tuple[KeyPath, str]] = []
+        for path, leaf in seen.arguments:
             if leaf is seen.hidden_in or not _mark_of(leaf):
                 continue
-            if _mark_of(leaf) & _FROM_LAYER:
-                raise ProbeError(f"layer {seen.index} needs more of the layers before it than the hidden states")
-            if id(leaf) not in names:
-                names[id(leaf)] = f"beside.{len(names)}"
-                carried[names[id(leaf)]] = _output_shape(leaf, f"an argument of layer {seen.index}")
-            travels.append((index, names[id(leaf)]))
-        attention, kv, call = seen.attentions[0]
-        return LayerFacts(
-            kv=kv, attention=attention, window=call.window, num_outputs=seen.num_outputs, carried=tuple(travels)
-        )
+            name = f"beside.{list(first_seen).index(id(leaf))}"
+            if name not in carried:
+                made_by_layer = _mark_of(leaf) & _FROM_LAYER
+                shape = _output_shape(leaf, f"an argument of layer {seen.index}")
+                carried[name] = Carried(shape, first_seen[id(leaf)] - 1 if made_by_layer else -1)
+            travels.append((path, name))
+        return LayerFacts(attentions=tuple(seen.attentions), num_outputs=seen.num_outputs, carried=tuple(travels))
 
 
 def _output_shape(output: Any, name: str) -> OutputShape:
@@ -320,8 +389,3 @@ def _output_shape(output: Any, name: str) -> OutputShape:
     if len(axes) != 1:
         raise ProbeError(f"{name} returns a tensor of shape {tuple(output.shape)}, in which the tokens can't be told")
     return OutputShape(tuple(output.shape), axes[0])
-
-
-def names_of(facts: Iterable[LayerFacts]) -> list[str]:
-    """What travels beside the hidden states to these layers, each once, in a fixed order."""
-    return list(dict.fromkeys(name for layer in facts for _, name in layer.carried))

@@ -62,21 +62,17 @@ def _draw(logits: torch.Tensor, params: SamplingParams, u: float) -> int:
     scaled = logits.double() / params.temperature
     if params.top_k == 0 and params.top_p == 1.0:
         return _invert(torch.softmax(scaled, dim=-1), u)
-    count = params.top_k if 0 < params.top_k < len(scaled) else len(scaled)
-    values, ids = _largest(scaled, min(count, _CANDIDATES))
-    if params.top_p < 1.0:
-        # top-p counts within what top-k left
-        total = scaled.logsumexp(dim=-1) if count == len(scaled) else None
-        if total is None and len(ids) < count:
-            values, ids = _largest(scaled, count)
+    if params.top_k > 0:
+        values, ids = _largest(scaled, min(params.top_k, len(scaled)))
+        kept = _nucleus(values, values.logsumexp(dim=-1), params.top_p)
+    else:
+        total = scaled.logsumexp(dim=-1)
+        values, ids = _largest(scaled, min(_CANDIDATES, len(scaled)))
         kept = _nucleus(values, total, params.top_p)
-        if kept is None:
-            values, ids = _largest(scaled, count)
-            kept = _nucleus(values, total, params.top_p) or len(ids)
-        values, ids = values[:kept], ids[:kept]
-    elif len(ids) < count:
-        values, ids = _largest(scaled, count)
-    return int(ids[_invert(torch.softmax(values, dim=-1), u)])
+        if kept > len(values):  # a flat distribution: more tokens belong to it than are usually worth sorting
+            values, ids = _largest(scaled, len(scaled))
+            kept = _nucleus(values, total, params.top_p)
+    return int(ids[_invert(torch.softmax(values[:kept], dim=-1), u)])
 
 
 def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,12 +87,10 @@ def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values[ids], ids
 
 
-def _nucleus(values: torch.Tensor, log_total: torch.Tensor | None, top_p: float) -> int | None:
-    """How many of the largest reach `top_p` of the whole, the last of them included; None if these don't reach it."""
-    total = values.logsumexp(dim=-1) if log_total is None else log_total
-    before = torch.cumsum((values - total).exp(), dim=0)
-    kept = int((before < top_p).sum()) + 1
-    return kept if kept <= len(values) else None
+def _nucleus(values: torch.Tensor, log_total: torch.Tensor, top_p: float) -> int:
+    """How many of the largest values reach `top_p` of the whole; one more than there are if all of them don't."""
+    reached = torch.cumsum((values - log_total).exp(), dim=0)
+    return int((reached < top_p).sum()) + 1
 
 
 def _invert(probabilities: torch.Tensor, u: float) -> int:

@@ -44,16 +44,30 @@ class PassThrough(nn.Module):
         return (hidden, *(None,) * (self._num_outputs - 1))
 
 
-class EmptyOutput(nn.Module):
+class Absent(nn.Module):
+    """Stands for a module that another stage holds. Never called.
+
+    The names of its parameters remain as plain tensors without content, since some families' own initialisation
+    reaches for them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.training = False
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(self, name, parameter.data)
+
+
+class EmptyOutput(Absent):
     """Stands for a module before the layers, on a stage whose layers' input comes from elsewhere."""
 
-    def __init__(self, shape: OutputShape, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, module: nn.Module, shape: OutputShape, dtype: torch.dtype) -> None:
+        super().__init__(module)
         self._shape = shape
         self._dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Zeros of the shape that the module would return, without memory of their own."""
+        """Zeros of the shape that the module would return; their own memory, since some families scale in place."""
         like = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
         tokens = max(like.shape[:2])
-        return torch.zeros((), dtype=self._dtype, device=like.device).expand(self._shape.for_tokens(tokens))
+        return torch.zeros(self._shape.for_tokens(tokens), dtype=self._dtype, device=like.device)

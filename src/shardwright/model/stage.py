@@ -19,7 +19,7 @@ from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, S
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, can_pack, pack_linear
-from shardwright.model.probe import LayerFacts, names_of
+from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampling import sample
 from shardwright.model.skeleton import StageEnd
@@ -129,16 +129,20 @@ class Stage:
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
-        self._wants_logits = True
+        self._logit_rows: torch.Tensor | None = None
         self._caches: list[LayerCache] = []
-        self._leaving = names_of(plan.probed.layers[layers.end :])
-        self._arriving = [] if is_first else names_of(plan.probed.layers[layers.start :])
+        self._arriving = [] if is_first else plan.probed.crossing(layers.start)
+        self._leaving = [] if is_last else plan.probed.crossing(layers.end)
         for index in range(layers.start, layers.end):
             facts = plan.probed.layers[index]
-            cache = make_layer_cache(facts.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
             layer = model.get_submodule(f"{plan.layers}.{index}")
-            setattr(layer.get_submodule(facts.attention), PORT_ATTRIBUTE, PagedLayer(cache, self._cell))
-            self._caches.append(cache)
+            for attention in facts.attentions:
+                cache = make_layer_cache(
+                    attention.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
+                )
+                port = PagedLayer(cache, self._cell, attention.window)
+                setattr(layer.get_submodule(attention.module), PORT_ATTRIBUTE, port)
+                self._caches.append(cache)
         self._hook_layers()
 
     @property
@@ -172,10 +176,9 @@ class Stage:
             step.slices, block_size=self._block_size, dtype=self._dtype, device=self._device
         )
         rows, sampled = _sampled_rows(step)
-        self._wants_logits = bool(rows)
-        options = {"logits_to_keep": torch.tensor(rows, dtype=torch.int64).to(self._device)} if rows else {}
+        self._logit_rows = torch.tensor(rows, dtype=torch.int64).to(self._device) if rows else None
         try:
-            output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
+            output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         except StageEnd as end:
             return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
         finally:
@@ -191,7 +194,7 @@ class Stage:
     def _received(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
         """The previous stage's tensors on this stage's device, in the shapes that the layers take."""
         shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
-        shapes |= {name: self._plan.probed.carried[name] for name in self._arriving}
+        shapes |= {name: self._plan.probed.carried[name].shape for name in self._arriving}
         if tensors.keys() != shapes.keys():
             raise FrameError(f"the stage of layers {self.layers} takes {sorted(shapes)}, but got {sorted(tensors)}")
         for name, shape in shapes.items():
@@ -202,30 +205,33 @@ class Stage:
 
     def _sent(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the next stage takes: the hidden states, and for it and those behind it what travels beside them."""
-        carried = self._captured if self.is_first else self._inbox
-        beside = {name: self._plan.probed.carried[name].pack(carried[name]) for name in self._leaving}
+        held = {**self._inbox, **self._captured}
+        beside = {name: self._plan.probed.carried[name].shape.pack(held[name]) for name in self._leaving}
         return {HIDDEN: self._plan.probed.hidden.pack(hidden), **beside}
 
     def _hook_layers(self) -> None:
         """Put what comes from other stages in its place, and take out what goes to them."""
         for index, facts in enumerate(self._plan.probed.layers):
             layer = self._model.get_submodule(f"{self._plan.layers}.{index}")
-            takes_hidden = not self.is_first and index == self.layers.start
-            if index in self.layers and not self.is_first and (takes_hidden or facts.carried):
-                layer.register_forward_pre_hook(self._inject(facts, takes_hidden=takes_hidden), with_kwargs=True)
-            elif index >= self.layers.end and self.is_first and facts.carried:
-                layer.register_forward_pre_hook(self._capture(facts), with_kwargs=True)
+            if index in self.layers:
+                places = [(path, name) for path, name in facts.carried if name in self._arriving]
+                takes_hidden = not self.is_first and index == self.layers.start
+                if takes_hidden or places:
+                    layer.register_forward_pre_hook(self._inject(places, takes_hidden=takes_hidden), with_kwargs=True)
+            elif index >= self.layers.end:
+                places = [(path, name) for path, name in facts.carried if name in self._leaving]
+                places = [(path, name) for path, name in places if name not in self._arriving]
+                if places:
+                    layer.register_forward_pre_hook(self._capture(places), with_kwargs=True)
         if self.is_last:
             layer = self._model.get_submodule(f"{self._plan.layers}.{self.layers.end - 1}")
             layer.register_forward_hook(self._end_without_logits)
+            self._model.get_submodule(self._plan.head).register_forward_pre_hook(self._select_rows)
 
-    def _inject(self, facts: LayerFacts, *, takes_hidden: bool) -> Callable[..., Any]:
+    def _inject(self, places: list[tuple[KeyPath, str]], *, takes_hidden: bool) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if facts.carried:
-                leaves, spec = pytree.tree_flatten((args, kwargs))
-                for place, name in facts.carried:
-                    leaves[place] = self._inbox[name]
-                args, kwargs = pytree.tree_unflatten(leaves, spec)
+            for path, name in places:
+                args, kwargs = _put((args, kwargs), path, self._inbox[name])
             if not takes_hidden:
                 return args, kwargs
             if args:
@@ -234,17 +240,21 @@ class Stage:
 
         return hook
 
-    def _capture(self, facts: LayerFacts) -> Callable[..., None]:
+    def _capture(self, places: list[tuple[KeyPath, str]]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            leaves = pytree.tree_leaves((args, kwargs))
-            self._captured.update({name: leaves[place] for place, name in facts.carried})
+            self._captured.update({name: pytree.key_get((args, kwargs), path) for path, name in places})
 
         return hook
 
     def _end_without_logits(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Leave out norm and head for a step in which no sequence needs a token."""
-        if not self._wants_logits:
+        if self._logit_rows is None:
             raise StageEnd(output[0] if isinstance(output, tuple) else output)
+
+    def _select_rows(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give the head only the rows whose logits are needed."""
+        assert self._logit_rows is not None
+        return (args[0].index_select(-2, self._logit_rows), *args[1:])
 
 
 def _sampled_rows(step: StepInput) -> tuple[list[int], list[tuple[SequenceSlice, SamplingParams]]]:
@@ -258,3 +268,17 @@ def _sampled_rows(step: StepInput) -> tuple[list[int], list[tuple[SequenceSlice,
             rows.append(row - 1)
             sampled.append((part, part.sampling))
     return rows, sampled
+
+
+def _put(tree: Any, path: KeyPath, leaf: torch.Tensor) -> Any:
+    """Set the leaf at `path`, making the tuples on the way where another stage's layer would have made them."""
+    if not path:
+        return leaf
+    key, rest = path[0], path[1:]
+    if isinstance(key, pytree.MappingKey):
+        tree[key.key] = _put(tree.get(key.key), rest, leaf)
+        return tree
+    items = list(tree or ())
+    items += [None] * (key.idx + 1 - len(items))
+    items[key.idx] = _put(items[key.idx], rest, leaf)
+    return items if isinstance(tree, list) else tuple(items)
