@@ -60,7 +60,7 @@ lint: $(STAMP)  ## check format, style, types, imports between rooms, generated 
 	$(BIN)/python tools/generate_proto.py --check
 
 bench: $(STAMP)  ## measure against transformers in one process, on this machine
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/compare.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -86,7 +86,7 @@ def guarded(run: Callable[[], int], state: CliState) -> int:
     except KeyboardInterrupt:
         if state.debug:
             traceback.print_exc()
-        say("interrupted")
+        say("\ninterrupted" if sys.stderr.isatty() else "interrupted")  # the terminal's ^C ends no line
         return INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()

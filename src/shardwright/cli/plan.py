@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -194,6 +195,8 @@ def verify(
 async def _verify(
     config: MasterConfig, *, num_stages: int, max_new_tokens: int, prompts: Sequence[str]
 ) -> tuple[OpenModel, list[Verdict]]:
+    # The whole model's loader draws bars of its own over ours; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from shardwright.runtime.verify import verify as compare
 
     with StartProgress(stderr_console()) as progress:
