@@ -366,6 +366,9 @@ class MasterEngine:
             self._handle(WorkerLost(worker_id=link.first, reason=reason))
 
     def _on_trouble(self, trouble: StepTrouble) -> None:
+        if trouble.link_lost:
+            self._handle(WorkerLost(worker_id=trouble.worker_id, reason=trouble.reason))
+            return
         self._handle(
             StepFailed(epoch=trouble.epoch, step=trouble.step, worker_id=trouble.worker_id, reason=trouble.reason)
         )

@@ -57,6 +57,7 @@ from shardwright.types import (
     StepTiming,
     TokenOut,
     WorkerDescription,
+    WorkerId,
 )
 from shardwright.wire.messages import (
     LayerResult,
@@ -217,6 +218,8 @@ class WorkerShell:
         self._outbox: dict[StepKey, _ComputedStep] = {}
         self._senders: dict[Epoch, asyncio.Queue[StepReply | None]] = {}  # the link of the epoch's steps
         self._load_starts: dict[Epoch, asyncio.Event] = {}
+        self._is_duplicate = False  # the step that arrives now is still in the inbox from its first arrival
+        self._lost_next: WorkerId | None = None  # the next stage's worker, once the link to it is gone
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
@@ -341,15 +344,21 @@ class WorkerShell:
                 self._publish((effect.epoch, effect.step))
             case DropStep():
                 self._forget((effect.epoch, effect.step))
-            case RefuseStep() | ReportFailure():
+            case RefuseStep():
+                self._reply(self._trouble(effect.epoch, effect.step, effect.reason))
+                if not self._is_duplicate:  # a step that came twice: the first may still wait its turn
+                    self._forget((effect.epoch, effect.step))
+            case ReportFailure():
                 self._reply(self._trouble(effect.epoch, effect.step, effect.reason))
                 self._forget((effect.epoch, effect.step))
             case _:
                 assert_never(effect)
 
     def _trouble(self, epoch: Epoch, step: StepId, reason: str) -> StepTrouble:
-        worker_id = self._held.load.assignment.worker_id if self._held else ""
-        return StepTrouble(epoch=epoch, step=step, worker_id=worker_id, reason=reason)
+        assignment = self._held.load.assignment if self._held else None
+        lost = self._lost_next if assignment is not None else None
+        worker_id = lost or (assignment.worker_id if assignment is not None else "")
+        return StepTrouble(epoch=epoch, step=step, worker_id=worker_id, reason=reason, link_lost=lost is not None)
 
     def _reply(self, reply: StepReply) -> None:
         """Answer on the link that the epoch's steps come from; a link that is gone needs no answer."""
@@ -373,6 +382,7 @@ class WorkerShell:
                 return
             raw = await self._receiver.receive(load, incoming, replies.put)
             stage = await self._build(load, raw, replies)
+            self._lost_next = None
             self._held = _HeldStage(load=load, stage=stage, clock=StepClock(), loaded_at=self._now())
             self._handle(LoadFinished(epoch=epoch))
             if self._state.epoch != epoch:  # replaced or released while it was built
@@ -483,7 +493,8 @@ class WorkerShell:
         try:
             async for message in incoming:
                 key = (message.step.epoch, message.step.step)
-                self._inbox[key] = message
+                self._is_duplicate = key in self._inbox
+                self._inbox.setdefault(key, message)
                 self._senders[key[0]] = replies
                 self._handle(StepArrived(epoch=key[0], step=key[1]))
         except LinkLostError as exc:
@@ -536,6 +547,10 @@ class WorkerShell:
             self._reply(reply)
 
     def _on_next_lost(self, epoch: Epoch, reason: str) -> None:
+        held = self._held
+        if held is None or held.load.assignment.epoch != epoch:
+            return
+        self._lost_next = held.load.assignment.next_worker_id
         self._handle(NextLinkLost(epoch=epoch, reason=reason))
 
     def _publish(self, key: StepKey) -> None:
