@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from shardwright.cli.console import one_sentence, say, stdout_console, warn
 from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.registry import Change, Registry, WorkerEntry
+from shardwright.runtime.threads import passive_waiting
 from shardwright.types import HeartbeatReport, WorkerDescription
 
 if TYPE_CHECKING:
@@ -173,7 +175,9 @@ def grpc_transport(config: MasterConfig) -> Transport:
 
 
 async def serve_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
-    """Serve until cancelled; imported late because torch takes seconds to load."""
+    """Serve until cancelled; imported late because torch takes seconds to load, and reads how to wait when it does."""
+    for name, value in passive_waiting().items():
+        os.environ.setdefault(name, value)
     from shardwright.runtime.worker_process import run_worker
 
     await run_worker(config, announce=announce)
