@@ -1,11 +1,13 @@
 """`plan`, `verify` and `cache` from the shell's side."""
 
 import contextlib
+import io
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from shardwright.cli import plan as plan_module
 from shardwright.core.placement import PlacementSettings, place
@@ -155,23 +157,53 @@ def test_a_cache_that_is_not_there_is_empty(run_cli, tmp_path):
 
 
 async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_path, monkeypatch):
-    from shardwright.cli.start import workers_for
+    """Local workers start while the model is looked at, and are stopped where it is no good."""
+    from shardwright.cli.progress import StartProgress
+    from shardwright.cli.start import model_and_workers
     from shardwright.config import MasterConfig
+    from shardwright.errors import CheckpointError
     from shardwright.runtime.registry import Registry, WorkerEntry
 
-    started = []
+    happened = []
 
-    @contextlib.asynccontextmanager
-    async def fake_local(count, *, options):
-        started.append((count, tuple(options)))
-        yield SimpleNamespace(entries=["local"] * count)
+    class FakeLocal:
+        def __init__(self, count, *, options):
+            self.count = count
+            happened.append((count, tuple(options)))
 
-    monkeypatch.setattr("shardwright.runtime.launcher.LocalWorkers", fake_local)
-    config = MasterConfig(registry=tmp_path / "workers.json")
+        async def start(self):
+            happened.append("start")
+
+        async def listening(self):
+            return ["local"] * self.count
+
+        async def stop(self):
+            happened.append("stop")
+
+    async def fake_open(config, _listener):
+        happened.append(config.model)
+        if config.model == "bad":
+            raise CheckpointError("truncated")
+        return config.model
+
+    async def opened(config, **wish):
+        async with contextlib.AsyncExitStack() as stack:
+            return await model_and_workers(stack, config, StartProgress(Console(file=io.StringIO())), **wish)
+
+    monkeypatch.setattr("shardwright.runtime.launcher.LocalWorkers", FakeLocal)
+    monkeypatch.setattr("shardwright.runtime.session.open_model", fake_open)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = MasterConfig(registry=tmp_path / "workers.json", model="good")
     entry = WorkerEntry(username="w", ip="10.0.0.1", port=1)
     Registry(config.registry).add(entry)
-    async with workers_for(config, local_workers=0) as workers:
-        assert tuple(workers) == (entry,)
-    async with workers_for(config, local_workers=2, options=["--threads", "1"]) as workers:
-        assert list(workers) == ["local", "local"]
-    assert started == [(2, ("--threads", "1"))]
+    assert await opened(config, local_workers=0, options=()) == ("good", (entry,))
+    assert happened == ["good"]
+    happened.clear()
+    assert await opened(config, local_workers=2, options=["--threads", "1"]) == ("good", ["local", "local"])
+    assert happened == [(2, ("--threads", "1")), "start", "good", "stop"]
+    happened.clear()
+    with pytest.raises(CheckpointError):
+        await opened(MasterConfig(registry=config.registry, model="bad"), local_workers=1, options=())
+    assert happened == [(1, ()), "start", "bad", "stop"]

@@ -7,6 +7,7 @@ from shardwright.cli.answers import Answer
 from shardwright.cli.progress import StartProgress
 from shardwright.cli.prompts import Prompt
 from shardwright.cli.summary import busy_percent, print_summary, rates
+from shardwright.types import FinishReason
 
 from .conftest import FakeStage, report, snapshot
 
@@ -35,6 +36,14 @@ def test_rates_of_a_batch_are_over_all_answers_together():
         "prompt 400 tokens at 200.0 tokens/s; decode 40 tokens at 10.0 tokens/s; "
         "first token after 0.50 s to 2.00 s; 64 prompt tokens reused"
     )
+
+
+def test_answers_that_met_their_limit_are_counted():
+    answers = [answer(5, 9, submitted=1.0, first=1.5, last=2.5) for _ in range(3)]
+    assert "cut off" not in rates(answers)
+    answers[1].finish_reason = FinishReason.LENGTH
+    assert rates(answers).endswith("; 1 of 3 answers were cut off at the token limit")
+    assert rates(answers[1:2]).endswith("; the answer was cut off at the token limit")
 
 
 def test_no_rate_is_invented_where_nothing_was_measured():

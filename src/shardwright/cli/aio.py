@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -28,6 +29,7 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
         # Not in the main thread (a test's, say) there are no signals to listen for.
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+        asyncio.get_running_loop().set_default_executor(_LeavingExecutor(thread_name_prefix="work"))
         return await main
 
     try:
@@ -36,6 +38,13 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
         if terminated:
             sys.exit(128 + signal.SIGTERM)
         raise
+
+
+class _LeavingExecutor(ThreadPoolExecutor):
+    """Does not wait for its threads at the end: some calls can't be stopped, and nobody wants their results."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002  asyncio's to give
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 async def until_stdin_closes(serving: Coroutine[Any, Any, None]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from shardwright import __version__
 from shardwright.cli import cache, cluster, generate, options, plan
-from shardwright.cli.console import run_app
+from shardwright.cli.console import leave, run_app
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -62,3 +62,8 @@ def top(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `shardwright`; gives the exit code instead of ending the process."""
     return run_app(app, argv, prog_name="shardwright")
+
+
+def entry() -> NoReturn:
+    """Be the process `shardwright`."""
+    leave(main())

@@ -37,27 +37,15 @@ def check_worker_flags(*, local_workers: int, device: str | None, threads: int |
             )
 
 
-@contextlib.asynccontextmanager
-async def workers_for(
-    config: MasterConfig, *, local_workers: int, options: Sequence[str] = ()
-) -> AsyncIterator[Sequence[WorkerEntry]]:
-    """The workers that a command uses: new ones on this machine, or those of the registry.
-
-    Raises `RegistryError` when the registry lists none.
-    """
-    if local_workers:
-        from shardwright.runtime.launcher import LocalWorkers
-
-        async with LocalWorkers(local_workers, options=options) as started:
-            yield started.entries
-        return
+def registered_workers(config: MasterConfig) -> Sequence[WorkerEntry]:
+    """The registry's workers. Raises `RegistryError` when it lists none."""
     entries = Registry(config.registry).load()
     if not entries:
         raise RegistryError(
             f"{config.registry} lists no worker; add one (shardwright register --ip ADDRESS --username NAME), "
             "or use this machine alone (--local-workers 2)"
         )
-    yield entries
+    return entries
 
 
 async def model_and_workers(
@@ -68,22 +56,29 @@ async def model_and_workers(
     local_workers: int,
     options: Sequence[str],
 ) -> tuple[OpenModel, Sequence[WorkerEntry]]:
-    """The model's files and the workers to use, cheapest check first, so that nothing is started in vain.
+    """The model's files and the workers to use; `stack` takes down what was started.
 
-    An empty registry is told at once, before torch is imported; local workers start when the model is known to be good.
+    An empty registry is told at once, before torch is imported. Local workers import it while this process looks at
+    the model, since both take seconds; they are ended at once where the model turns out to be wrong.
     """
-    entries: Sequence[WorkerEntry] = ()
     if not local_workers:
-        entries = await stack.enter_async_context(workers_for(config, local_workers=0))
-    progress.doing(f"looking at {config.model}")
+        entries = registered_workers(config)
+        progress.doing(f"looking at {config.model}")
+        from shardwright.runtime.session import open_model
+
+        return await open_model(config, progress), entries
+    count = "1 worker" if local_workers == 1 else f"{local_workers} workers"
+    progress.doing(f"looking at {config.model} and starting {count} on this machine")
+    from shardwright.runtime.launcher import LocalWorkers
+    from shardwright.runtime.model_files import check_model_name
     from shardwright.runtime.session import open_model
 
+    check_model_name(config.model)
+    local = LocalWorkers(local_workers, options=options)
+    stack.push_async_callback(local.stop)
+    await local.start()
     model = await open_model(config, progress)
-    if local_workers:
-        count = "1 worker" if local_workers == 1 else f"{local_workers} workers"
-        progress.doing(f"starting {count} on this machine")
-        entries = await stack.enter_async_context(workers_for(config, local_workers=local_workers, options=options))
-    return model, entries
+    return model, await local.listening()
 
 
 @contextlib.asynccontextmanager

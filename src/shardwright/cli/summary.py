@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shardwright.cli.answers import Answer
 from shardwright.config import MIB
-from shardwright.types import ClusterSnapshot, HeartbeatReport, WorkerId
+from shardwright.types import ClusterSnapshot, FinishReason, HeartbeatReport, WorkerId
 
 if TYPE_CHECKING:
     from shardwright.runtime.session import StageRow
@@ -66,6 +66,10 @@ def rates(answers: Sequence[Answer]) -> str:
     cached = sum(answer.num_cached_tokens for answer in served)
     if cached:
         parts.append(f"{cached} prompt tokens reused")
+    cut = sum(answer.finish_reason is FinishReason.LENGTH for answer in served)
+    if cut:
+        which = "the answer was" if len(served) == 1 else f"{cut} of {len(served)} answers were"
+        parts.append(f"{which} cut off at the token limit")
     return "; ".join(parts)
 
 
