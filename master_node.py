@@ -10,6 +10,7 @@ from shardwright.cli.bootstrap import use_project_python  # noqa: E402  found on
 
 if __name__ == "__main__":
     use_project_python(ROOT, "master_node.py")
+    from shardwright.cli.console import leave
     from shardwright.cli.nodes import master_node
 
-    sys.exit(master_node())
+    leave(master_node())

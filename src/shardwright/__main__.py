@@ -1,8 +1,6 @@
 """`python -m shardwright` is the same as `shardwright`."""
 
-import sys
-
-from shardwright.cli.app import main
+from shardwright.cli.app import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

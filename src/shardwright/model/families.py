@@ -108,10 +108,10 @@ def slice_model(
     return model
 
 
-def model_costs(config_json: str, *, name: str, dtype: str) -> ModelCosts:
+def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | None = None) -> ModelCosts:
     """What the model's parts weigh in `dtype`. Allocates nothing: the model is never more than shapes."""
     config = read_config(config_json)
-    plan = plan_family(config)
+    plan = plan or plan_family(config)
     model = build_meta_model(config, DTYPES[dtype], attention=ATTENTION_NAME)
     stack = model.get_submodule(plan.layers)
     head = _bytes_of(model, plan.probed.after)

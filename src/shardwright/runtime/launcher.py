@@ -40,23 +40,32 @@ class LocalWorkers:
         self.entries: list[WorkerEntry] = []
 
     async def __aenter__(self) -> Self:
-        """Start all workers and wait until each listens.
+        """Start all workers and wait until each listens. Raises `ClusterError` as `listening` does."""
+        try:
+            await self.start()
+            await self.listening()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def start(self) -> None:
+        """Start the processes without waiting for them; `stop` must follow, whatever happens."""
+        for _ in range(self._count):
+            await self._start()
+
+    async def listening(self) -> Sequence[WorkerEntry]:
+        """Wait until each worker listens; gives their addresses.
 
         Raises `ClusterError` with a worker's last words if one dies before that.
         """
         try:
-            for _ in range(self._count):
-                await self._start()
             async with asyncio.timeout(START_TIMEOUT_S):
                 ports = await asyncio.gather(*(self._port(i) for i in range(self._count)))
         except TimeoutError:
-            await self.stop()
             raise ClusterError(f"a local worker did not listen within {START_TIMEOUT_S:.0f} s") from None
-        except BaseException:
-            await self.stop()
-            raise
         self.entries = [WorkerEntry(username=f"local-{i}", ip=LOOPBACK, port=port) for i, port in enumerate(ports)]
-        return self
+        return self.entries
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -64,7 +64,7 @@ from shardwright.wire.messages import LoadDone, StepMessage, StepTrouble
 
 log = logging.getLogger(__name__)
 
-RELEASE_TIMEOUT_S = 5.0
+RELEASE_TIMEOUT_S = 2.0
 
 StageLoader = Callable[[StageAssignment, WorkerClient], Awaitable[LoadDone]]
 """Sends a worker its stage and weights; raises `StageLoadError` when it refuses, `ClusterError` when it is gone."""

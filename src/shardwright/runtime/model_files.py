@@ -45,17 +45,24 @@ def resolve_model(name: str, *, cache_dir: Path, progress: Progress) -> ModelFil
     Raises a `ModelError` that says what is wrong and what to do: nothing of that name, a hub that can't be reached, a
     gated model, files that are missing, of an unsafe format, or of a family that can't be split.
     """
+    check_model_name(name)
     if name in BUNDLED_MODELS:
         return _from_gguf(name, fetch_bundled(BUNDLED_MODELS[name], cache_dir=cache_dir, progress=progress))
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(name, path)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelNotFoundError(f"{name}: not a GGUF file; give a .gguf file, or the folder of a model")
         return _from_gguf(name, path)
-    if _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
-        return _from_hub(name, progress)
+    return _from_hub(name, progress)
+
+
+def check_model_name(name: str) -> None:
+    """A first look that takes no time. Raises `ModelNotFoundError` for a name under which no model can be."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelNotFoundError(f"{name}: not a GGUF file; give a .gguf file, or the folder of a model")
+    if name in BUNDLED_MODELS or path.exists() or (_HUB_ID.fullmatch(name) and path.suffix != ".gguf"):
+        return
     raise ModelNotFoundError(
         f"{name}: no file or folder of that name is here, it is not a bundled model ({', '.join(BUNDLED_MODELS)}),"
         " and it is not a hub id (organisation/name)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shardwright.config import MasterConfig
 from shardwright.core.master import MasterState
@@ -35,6 +36,7 @@ from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.metrics import MetricsWriter
 from shardwright.runtime.model_files import ModelFiles, resolve_model
 from shardwright.runtime.registry import WorkerEntry
+from shardwright.runtime.stoppable import StoppedError, in_thread
 from shardwright.runtime.tensor_hashes import hash_tensors
 from shardwright.runtime.tokenizer import Tokenizer
 from shardwright.runtime.weight_sender import Progress, send_stage
@@ -55,6 +57,9 @@ from shardwright.types import (
     WorkerId,
 )
 from shardwright.wire.messages import LoadDone, LoadProgress
+
+if TYPE_CHECKING:
+    from shardwright.model.families import FamilyPlan
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +92,7 @@ class OpenModel:
     checkpoint: Checkpoint
     config_json: str
     dtype: str
+    plan: FamilyPlan
     costs: ModelCosts
 
 
@@ -132,18 +138,24 @@ async def open_model(config: MasterConfig, listener: SessionListener) -> OpenMod
 
     Raises a `ModelError` for whatever is wrong with the model, before anything was started.
     """
-    return await asyncio.to_thread(_open_model, config, listener)
+    return await in_thread(functools.partial(_open_model, config, listener))
 
 
-def _open_model(config: MasterConfig, listener: SessionListener) -> OpenModel:
-    from shardwright.model.families import model_costs
+def _open_model(config: MasterConfig, listener: SessionListener, stop: threading.Event) -> OpenModel:
+    from shardwright.model.families import model_costs, plan_family, read_config
 
-    files = resolve_model(config.model, cache_dir=config.cache_dir, progress=listener.downloading)
+    def downloading(what: str, done_bytes: int, total_bytes: int) -> None:
+        if stop.is_set():
+            raise StoppedError  # ends the download and what it started
+        listener.downloading(what, done_bytes, total_bytes)
+
+    files = resolve_model(config.model, cache_dir=config.cache_dir, progress=downloading)
     checkpoint = Checkpoint.open(files.weights)
     config_json = files.config_json
     dtype = choose_dtype(config.dtype, config_json, checkpoint.format)
-    costs = model_costs(config_json, name=files.name, dtype=dtype)
-    return OpenModel(files=files, checkpoint=checkpoint, config_json=config_json, dtype=dtype, costs=costs)
+    plan = plan_family(read_config(config_json))
+    costs = model_costs(config_json, name=files.name, dtype=dtype, plan=plan)
+    return OpenModel(files=files, checkpoint=checkpoint, config_json=config_json, dtype=dtype, plan=plan, costs=costs)
 
 
 def choose_dtype(wanted: str, config_json: str, checkpoint_format: str) -> str:
@@ -421,11 +433,7 @@ class _StageSender:
         self._listener = listener
 
     async def __call__(self, assignment: StageAssignment, client: WorkerClient) -> LoadDone:
-        stop = threading.Event()
-        try:
-            load = await asyncio.to_thread(self._stage_load, assignment, stop)
-        finally:
-            stop.set()  # a load that is given up does not go on hashing
+        load = await in_thread(functools.partial(self._stage_load, assignment))  # one given up stops hashing
 
         def progress(message: Progress) -> None:
             if isinstance(message, LoadProgress):
@@ -439,7 +447,9 @@ class _StageSender:
 
         model = self._model
         config = read_config(model.config_json)
-        sliced = slice_model(config, assignment.layers, is_first=assignment.is_first, is_last=assignment.is_last)
+        sliced = slice_model(
+            config, assignment.layers, is_first=assignment.is_first, is_last=assignment.is_last, plan=model.plan
+        )
         names = stage_tensor_names(sliced, config, model.checkpoint.tensors, model.checkpoint.format)
         specs = hash_tensors(
             model.checkpoint, names, cache_dir=self._cache_dir, progress=self._listener.hashing, stop=stop
