@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -43,6 +44,7 @@ class FamilyPlan:
     embedding: str
     head: str
     num_layers: int
+    vocabulary: int  # rows of the embedding
     probed: Probed
 
 
@@ -58,16 +60,17 @@ def read_config(config_json: str) -> PreTrainedConfig:
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise CheckpointError("the model's config names no model_type, so its family is unknown")
     model_type = fields.pop("model_type")
-    for remote in ("auto_map", "quantization_config"):
-        if fields.get(remote) and remote == "quantization_config":
-            raise _unsupported(model_type, "its weights are quantised in a way that only its own loader reads")
-        fields.pop(remote, None)
+    if fields.pop("quantization_config", None):
+        raise _unsupported(model_type, "its weights are quantised in a way that only its own loader reads")
+    fields.pop("auto_map", None)  # names code that comes with the model
     if model_type not in CONFIG_MAPPING:
         raise _unsupported(model_type, "this version of transformers does not have it")
     try:
-        return AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError, KeyError, AttributeError) as exc:
-        raise CheckpointError(f"the config of this {model_type} model is wrong: {exc}") from exc
+        with _quiet():
+            config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise CheckpointError(f"the config of this {model_type} model is wrong: {' '.join(str(exc).split())}") from exc
+    return config
 
 
 def plan_family(config: PreTrainedConfig) -> FamilyPlan:
@@ -126,8 +129,24 @@ def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | N
         head_bytes=head,
         tied_embedding=tied,
         activation_bytes_per_token=plan.probed.hidden.size_per_token * DTYPES[dtype].itemsize,
-        max_context=int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
+        max_context=_max_context(config),
     )
+
+
+def _max_context(config: PreTrainedConfig) -> int:
+    """Positions that the model can be served for.
+
+    Rotary frequencies of the types `longrope` and `dynamic` change for every token of a batch as soon as one sequence
+    passes the length that the model was first trained for; up to there they are constant, and only there is a
+    sequence's answer its own.
+    """
+    text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", 0) or 0) or 1 << 20
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope" or "dynamic" in str(rope.get("rope_type")):
+            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    return limit
 
 
 def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention: str) -> Any:
@@ -145,7 +164,7 @@ def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except (ImportError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as exc:
+    except (ImportError, ArithmeticError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as exc:
         raise _unsupported(model_type, f"its model can't be built: {exc}") from exc
     model.eval()
     model.requires_grad_(requires_grad=False)
@@ -172,6 +191,7 @@ def _plan(config: PreTrainedConfig, model: Any) -> FamilyPlan:
         embedding=names[id(embedding)],
         head=names[id(head)],
         num_layers=len(probed.layers),
+        vocabulary=int(embedding.weight.shape[0]),
         probed=probed,
     )
 

@@ -169,9 +169,11 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype is torch.bool:  # noqa: SLF001
-            # the one question that families ask here: do all positions belong to one sequence?
-            return True
+            # Do all positions belong to one sequence? Yes. Is a position beyond some length? No.
+            return getattr(args[0], "shardwright_all", False)
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.all.default:
+            result.shardwright_all = True
         name = func.__name__
         if any(part in name for part in _SHAPE_ONLY):
             return result

@@ -125,7 +125,9 @@ class Stage:
         self._plan = plan
         self._dtype = dtype
         self._device = device
+        self._num_blocks = num_blocks
         self._block_size = block_size
+        self._vocabulary = plan.vocabulary
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
@@ -159,7 +161,7 @@ class Stage:
 
     def close(self) -> None:
         """Drop weights and KV blocks. The stage can't be used afterwards."""
-        self._model = None
+        self._model = nn.Module()
         self._caches.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -171,6 +173,7 @@ class Stage:
         `tensors` is what the previous stage gave (empty on the first). Raises `FrameError` when it doesn't fit the
         step.
         """
+        self._check(step)
         self._inbox = self._received(tensors, step.num_tokens)
         self._cell.batch = batch = StepBatch(
             step.slices, block_size=self._block_size, dtype=self._dtype, device=self._device
@@ -191,6 +194,16 @@ class Stage:
         )
         return StageOutput(tensors={}, tokens=tokens)
 
+    def _check(self, step: StepInput) -> None:
+        """Refuse token ids and blocks that don't exist: on a GPU they would end the process, on a CPU the step."""
+        for part in step.slices:
+            if not 0 <= min(part.token_ids) <= max(part.token_ids) < self._vocabulary:
+                raise FrameError(f"sequence {part.seq_id} has a token that is not one of {self._vocabulary}")
+            if len(part.block_table) * self._block_size < part.context_length:
+                raise FrameError(f"sequence {part.seq_id} has too few blocks for {part.context_length} positions")
+            if not 0 <= min(part.block_table) <= max(part.block_table) < self._num_blocks:
+                raise FrameError(f"sequence {part.seq_id} names a block that is not one of {self._num_blocks}")
+
     def _received(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
         """The previous stage's tensors on this stage's device, in the shapes that the layers take."""
         shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
@@ -201,6 +214,8 @@ class Stage:
             expected = (num_tokens, shape.size_per_token)
             if tuple(tensors[name].shape) != expected:
                 raise FrameError(f"{name!r} has the shape {list(tensors[name].shape)}, not {list(expected)}")
+            if not tensors[name].is_floating_point():
+                raise FrameError(f"{name!r} has the dtype {tensors[name].dtype}, which no activation has")
         return {name: shape.unpack(tensors[name].to(self._device)) for name, shape in shapes.items()}
 
     def _sent(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
