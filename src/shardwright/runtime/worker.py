@@ -287,6 +287,7 @@ class WorkerShell:
                 await reader
             for epoch in [epoch for epoch, queue in self._senders.items() if queue is replies]:
                 del self._senders[epoch]
+                self._close_next_link(epoch)
 
     async def process_layer(self, message: StepMessage) -> LayerResult:
         """Compute one step by hand, in turn with the pipeline's steps; nothing is forwarded."""
@@ -541,6 +542,14 @@ class WorkerShell:
             held.next_link = _NextLink(client, self._on_next_reply, lambda why: self._on_next_lost(key[0], why))
         computed = self._outbox.pop(key)
         held.next_link.send(StepMessage(step=computed.step, tensors=computed.frames))
+
+    def _close_next_link(self, epoch: Epoch) -> None:
+        """Who sent the epoch's steps is gone, so none comes any more: the next stage's worker is free for others."""
+        held = self._held
+        if held is None or held.load.assignment.epoch != epoch or held.next_link is None:
+            return
+        link, held.next_link = held.next_link, None
+        self._spawn(link.close())
 
     def _on_next_reply(self, reply: StepReply) -> None:
         if isinstance(reply, StepTrouble):
