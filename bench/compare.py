@@ -264,7 +264,8 @@ def main() -> None:
     options = ["--threads", str(arguments.worker_threads)] if arguments.worker_threads else []
     cpu = platform.processor() or platform.machine()
     print(
-        f"{psutil.cpu_count()} cores ({cpu}), {psutil.virtual_memory().total / 2**30:.0f} GiB, torch {torch.__version__}"
+        f"{psutil.cpu_count()} cores ({cpu}), {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"torch {torch.__version__}"
     )
     results = []
     if arguments.model in ("smollm2", "all"):

@@ -17,6 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from shardwright.model.checkpoint import Checkpoint
+from shardwright.model.reference import load_reference
+
 
 class FirstToken(BaseStreamer):  # type: ignore[misc]
     """Notes when tokens come; the first call is the prompt itself."""
@@ -38,7 +41,9 @@ def main() -> None:
     path, threads = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
     if path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+        # from_pretrained would keep the quantised blocks and expand them in every product; plain weights are faster
+        config_json = Checkpoint.open([path]).config_json
+        model = load_reference([path], config_json, torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16)
     model.eval()
