@@ -90,18 +90,28 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **fields)
 
 
+EMBEDDING_SIZE = {"olmo2": 1.1}
+"""How large embeddings are where 0.05 is not right: olmo2's layers add vectors of one length, whatever they read."""
+
+
 def fill_randomly(model: PreTrainedModel, seed: int) -> None:
-    """Random weights of a size that keeps activations near 1 and logits far from ties."""
+    """Random weights with which answers wander over the vocabulary and logits are far from ties.
+
+    Large embeddings under a tied head would give the prompt's last token for ever, and hide what attention does.
+    """
     generator = torch.Generator().manual_seed(seed)
+    embedding_size = EMBEDDING_SIZE.get(model.config.model_type, 0.05)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
+            if name == "model.norm.weight":
+                parameter.copy_(noise)
+            elif parameter.ndim == 1:
+                parameter.add_(0.3 * noise)
             elif "embed" in name:
-                parameter.copy_(0.5 * noise)
+                parameter.copy_(embedding_size * noise)
             else:
-                parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+                parameter.copy_(2.0 * noise / parameter.shape[-1] ** 0.5)
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
