@@ -17,7 +17,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # plain attributes: an opaque mkldnn tensor is neither a parameter nor a buffer to anyone else
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001  torch's only name for it
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,8 @@ def pack_linear(model: nn.Module, module_name: str) -> bool:
     it so and a packed copy would hold it twice.
     """
     module = model.get_submodule(module_name)
-    if type(module) is not nn.Linear or _is_shared(model, module):
+    # a subclass may compute something else; weights that a family keeps in float32 stay as they are
+    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or _is_shared(model, module):
         return False
     parent_name, _, name = module_name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -68,9 +69,5 @@ def pack_linear(model: nn.Module, module_name: str) -> bool:
 
 def _is_shared(model: nn.Module, module: nn.Linear) -> bool:
     """Whether another module holds the same weight."""
-    return any(
-        parameter is module.weight
-        for other in model.modules()
-        if other is not module
-        for parameter in other._parameters.values()  # noqa: SLF001
-    )
+    holders = (name for name, p in model.named_parameters(remove_duplicate=False) if p is module.weight)
+    return len(list(holders)) > 1
