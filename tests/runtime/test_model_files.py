@@ -54,7 +54,7 @@ def write_folder(folder: Path, *, config: dict | None = None) -> Path:
     return folder
 
 
-def write_gguf(path: Path, *, chat_template: str | None = None) -> Path:
+def write_gguf(path: Path, *, chat_template: str | None = None, tokenizer: str = "gpt2") -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -64,7 +64,9 @@ def write_gguf(path: Path, *, chat_template: str | None = None) -> Path:
     writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(8)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list([f"token{index}" for index in range(320)])
+    writer.add_tokenizer_model(tokenizer)
+    writer.add_token_list([*"abcdefgh", "ab", *(f"token{index}" for index in range(311))])
+    writer.add_token_merges(["a b"])
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(7)
     if chat_template is not None:
@@ -111,15 +113,30 @@ def test_a_relative_folder_is_a_path_before_it_is_a_hub_id(tmp_path, monkeypatch
     assert resolve("models/mine", tmp_path).weights == (Path("models/mine/model.safetensors"),)
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages }}"])
-def test_a_gguf_file_tells_its_own_tokenizer_and_end_tokens(template, tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", chat_template=template)
-    files = resolve(path, tmp_path)
+def test_a_gguf_file_tells_its_own_tokenizer_and_end_tokens(tmp_path, monkeypatch):
+    """Its vocabulary becomes tokenizer files once: the second time no process is started for it."""
+    path = write_gguf(tmp_path / "tiny.gguf", chat_template="{{ messages }}")
+    files = resolve(path, tmp_path / "cache")
     assert files.weights == (path,)
-    assert files.tokenizer == path
     assert files.vocab_size == 320
-    assert files.has_chat_template is (template is not None)
+    assert files.has_chat_template
     assert files.generation_config == {"eos_token_id": [2, 7]}
+    assert files.tokenizer is not None
+    assert files.tokenizer.parent == tmp_path / "cache" / "tokenizers"
+    assert (files.tokenizer / "tokenizer.json").is_file()
+    assert (files.tokenizer / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert list(files.tokenizer.parent.iterdir()) == [files.tokenizer]
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    assert resolve(path, tmp_path / "cache") == files
+
+
+def test_a_gguf_whose_vocabulary_can_not_be_converted_is_its_own_tokenizer(tmp_path):
+    """So that loading it tells why."""
+    path = write_gguf(tmp_path / "tiny.gguf", tokenizer="nonesuch")
+    files = resolve(path, tmp_path / "cache")
+    assert files.tokenizer == path
+    assert not files.has_chat_template
+    assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 
 
 def test_a_name_that_is_nothing_is_told_with_what_was_tried(tmp_path):

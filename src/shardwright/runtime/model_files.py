@@ -31,7 +31,7 @@ class ModelFiles:
     model_type: str
     config_json: str
     weights: tuple[Path, ...]
-    tokenizer: Path | None  # a folder, a GGUF file, or none
+    tokenizer: Path | None  # a folder with tokenizer files, a GGUF file, or none
     has_chat_template: bool  # as instruct models have
     vocab_size: int
     generation_config: dict[str, Any] = field(default_factory=dict)  # eos_token_id and the like; may be empty
@@ -47,12 +47,12 @@ def resolve_model(name: str, *, cache_dir: Path, progress: Progress) -> ModelFil
     """
     check_model_name(name)
     if name in BUNDLED_MODELS:
-        return _from_gguf(name, fetch_bundled(BUNDLED_MODELS[name], cache_dir=cache_dir, progress=progress))
+        return _from_gguf(name, fetch_bundled(BUNDLED_MODELS[name], cache_dir=cache_dir, progress=progress), cache_dir)
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(name, path)
     if path.is_file():
-        return _from_gguf(name, path)
+        return _from_gguf(name, path, cache_dir)
     return _from_hub(name, progress)
 
 
@@ -106,14 +106,18 @@ def _from_folder(name: str, folder: Path, *, hub_repo: str = "", hub_revision: s
     )
 
 
-def _from_gguf(name: str, path: Path) -> ModelFiles:
+def _from_gguf(name: str, path: Path, cache_dir: Path) -> ModelFiles:
     from shardwright.model.families import read_config
     from shardwright.model.gguf_file import gguf_config_json, read_gguf_header
+    from shardwright.runtime.gguf_tokenizer import tokenizer_folder
 
     header = read_gguf_header(path)
     config_json = gguf_config_json(header)
     config = read_config(config_json)
-    has_tokenizer = "tokenizer.ggml.tokens" in header.array_lengths
+    tokenizer: Path | None = None
+    if "tokenizer.ggml.tokens" in header.array_lengths and "tokenizer.ggml.model" in header.metadata:
+        header_bytes = min((tensor.offset for tensor in header.tensors), default=0)
+        tokenizer = tokenizer_folder(path, header_bytes=header_bytes, cache_dir=cache_dir) or path
     end_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     ends = list(dict.fromkeys(header.metadata[key] for key in end_keys if key in header.metadata))
     return ModelFiles(
@@ -121,8 +125,8 @@ def _from_gguf(name: str, path: Path) -> ModelFiles:
         model_type=config.model_type,
         config_json=config_json,
         weights=(path,),
-        tokenizer=path if has_tokenizer else None,
-        has_chat_template=has_tokenizer and bool(header.metadata.get("tokenizer.chat_template")),
+        tokenizer=tokenizer,
+        has_chat_template=tokenizer is not None and bool(header.metadata.get("tokenizer.chat_template")),
         vocab_size=int(config.get_text_config().vocab_size),
         generation_config={"eos_token_id": ends} if ends else {},
     )
