@@ -53,11 +53,13 @@ sim: $(STAMP)  ## simulate SEEDS=1000 clusters with delays, aborts and lost work
 	@$(BIN)/python tests/sim/run.py --seeds "$$SIM_SEEDS"
 
 lint: $(STAMP)  ## check format, style, types, imports between rooms, generated code
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python tools/generate_proto.py --check
+	@failed=0; check() { echo "$$*"; "$$@" || failed=1; }; \
+	check $(BIN)/ruff format --check; \
+	check $(BIN)/ruff check; \
+	check $(BIN)/mypy; \
+	check $(BIN)/lint-imports; \
+	check $(BIN)/python tools/generate_proto.py --check; \
+	exit $$failed
 
 bench: $(STAMP)  ## measure against transformers in one process, on this machine
 	$(BIN)/python bench/compare.py

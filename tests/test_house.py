@@ -20,6 +20,14 @@ DOCUMENTS = sorted(
 PACKAGE = ROOT / "src" / "shardwright"
 
 
+def run_make(*arguments, cwd=ROOT, check=True, **variables):
+    """Make as a person calls it, also where these tests run under `make test`."""
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "DEMO_"))}
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, capture_output=True, text=True, check=check, env={**outer, **variables}
+    )
+
+
 def code_of(document):
     """Everything in backticks or fenced blocks, one piece a line."""
     text = (ROOT / document).read_text()
@@ -93,7 +101,7 @@ def test_the_makefile_runs_only_what_exists():
 
 
 def test_make_help_lists_every_target():
-    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_make()
     assert {line.split()[1] for line in done.stdout.splitlines()} == makefile_targets()
 
 
@@ -115,10 +123,9 @@ def prepared(tmp_path):
     "prompt", ["Why is the sky blue?", """it's "quoted" `date` $HOME $(shell date) \\ ; & | > #""", "--not-an-option"]
 )
 def test_make_demo_hands_the_prompt_over_as_it_was_typed(prepared, prompt):
-    done = subprocess.run(
-        ["make", "-s", "demo", f"PROMPT={prompt}", "WORKERS=3", "MODEL=some dir/x.gguf"],
-        cwd=prepared, capture_output=True, text=True, check=True, env={**os.environ, "PROMPT": "a shell's own"},
-    )  # fmt: skip
+    done = run_make(
+        "-s", "demo", f"PROMPT={prompt}", "WORKERS=3", "MODEL=some dir/x.gguf", cwd=prepared, PROMPT="a shell's own"
+    )
     arguments = [line[1:-1] for line in done.stdout.splitlines()]
     assert arguments[:3] == ["-m", "shardwright", "generate"]
     assert arguments[arguments.index("--model") + 1] == "some dir/x.gguf"
@@ -127,10 +134,7 @@ def test_make_demo_hands_the_prompt_over_as_it_was_typed(prepared, prompt):
 
 
 def test_make_demo_asks_the_promised_question_by_default(prepared):
-    done = subprocess.run(
-        ["make", "-s", "demo"], cwd=prepared, capture_output=True, text=True, check=True,
-        env={**os.environ, "PROMPT": "a shell's own"},
-    )  # fmt: skip
+    done = run_make("-s", "demo", cwd=prepared, PROMPT="a shell's own")
     assert "[Explain quantum computing in simple terms]" in done.stdout
     assert "[smollm2-135m]\n[--local-workers]\n[2]" in done.stdout
 
@@ -146,9 +150,7 @@ def test_make_venv_says_what_is_missing_where_python_is_too_old(tmp_path):
     old = tools / "python3"
     old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.9.2 ;; *) exit 1 ;; esac\n')
     old.chmod(0o755)
-    done = subprocess.run(
-        ["make", "venv"], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": str(tools)}
-    )
+    done = run_make("venv", cwd=tmp_path, check=False, PATH=str(tools))
     assert done.returncode != 0
     assert "needs Python 3.11 or newer; Python 3.9.2 was found" in done.stderr
     assert "make venv PYTHON=" in done.stderr
