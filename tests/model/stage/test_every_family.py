@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import split_models as lab
 import torch
 from tiny_models import fill_randomly, prompt_of
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -114,9 +114,8 @@ def small_config(model_type: str) -> PreTrainedConfig:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", SPLITTABLE_FAMILIES)
-def test_greedy_tokens_are_the_whole_models(family, tools, tmp_path):
+def test_greedy_tokens_are_the_whole_models(family, tmp_path):
     """In one and in three stages."""
-    lab = SimpleNamespace(**tools)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small_config(family), dtype=torch.float32).eval()
     fill_randomly(model, seed=3)

@@ -1,8 +1,7 @@
 """Every family's cut model gives the whole model's greedy tokens, however it is batched and wherever it is cut."""
 
-from types import SimpleNamespace
-
 import pytest
+import split_models as lab
 
 FAMILIES = [
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral",
@@ -11,9 +10,8 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_the_whole_models_for_1_2_3_and_5_stages(family, make_whole, tools):
+def test_greedy_tokens_are_the_whole_models_for_1_2_3_and_5_stages(family, make_whole):
     """Ragged batches that sequences join and leave, prompts in chunks, scattered and reused blocks, in float32."""
-    lab = SimpleNamespace(**tools)
     whole = make_whole(family)
     expected = lab.whole_answers(whole.model, lab.RAGGED)
     for num_stages in (1, 2, 3, 5):

@@ -1,8 +1,7 @@
 """A stage takes steps that fit it, says what it weighs, and draws the same tokens wherever the model is cut."""
 
-from types import SimpleNamespace
-
 import pytest
+import split_models as lab
 import torch
 from tiny_models import SMALL, fill_randomly, prompt_of
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,18 +14,13 @@ from shardwright.types import SamplingParams, SequenceSlice, StepInput
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def lab(tools):
-    return SimpleNamespace(**tools)
-
-
 def one_slice(tokens, start=0, blocks=(0, 1, 2), sampling=None):
     return SequenceSlice(
         seq_id=4, start_position=start, token_ids=tuple(tokens), block_table=tuple(blocks), sampling=sampling
     )
 
 
-def test_seeded_text_is_the_same_alone_in_a_batch_and_for_every_cut(lab, make_whole):
+def test_seeded_text_is_the_same_alone_in_a_batch_and_for_every_cut(make_whole):
     whole = make_whole("qwen3")
     requests = [
         lab.Asked(
@@ -44,7 +38,7 @@ def test_seeded_text_is_the_same_alone_in_a_batch_and_for_every_cut(lab, make_wh
     assert [lab.serve(split, [request], budget=3)[0] for request in requests] == together
 
 
-def test_a_reused_prefix_gives_the_tokens_of_a_computed_one(lab, make_whole):
+def test_a_reused_prefix_gives_the_tokens_of_a_computed_one(make_whole):
     """Two sequences name the same two blocks; the second computes none of their tokens."""
     whole = make_whole("gemma3_text")
     split = lab.SplitModel(whole.folder, 2)
@@ -55,7 +49,7 @@ def test_a_reused_prefix_gives_the_tokens_of_a_computed_one(lab, make_whole):
     assert [[first[0].token_id], [second[0].token_id]] == expected
 
 
-def test_a_preempted_sequence_goes_on_with_the_same_tokens(lab, make_whole):
+def test_a_preempted_sequence_goes_on_with_the_same_tokens(make_whole):
     """Recomputed from its tokens in other blocks, while its old ones hold something else."""
     whole = make_whole("gemma2")
     split = lab.SplitModel(whole.folder, 3)
@@ -72,7 +66,7 @@ def test_a_preempted_sequence_goes_on_with_the_same_tokens(lab, make_whole):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_tied_and_untied_embeddings_give_the_whole_models_tokens(lab, make_whole, family, tied):
+def test_tied_and_untied_embeddings_give_the_whole_models_tokens(make_whole, family, tied):
     whole = make_whole(family, tie_word_embeddings=tied)
     expected = lab.whole_answers(whole.model, lab.RAGGED[:3])
     for num_stages in (1, 2):
@@ -80,7 +74,7 @@ def test_tied_and_untied_embeddings_give_the_whole_models_tokens(lab, make_whole
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "phi3"])
-def test_bfloat16_differs_only_where_the_whole_models_best_logits_are_within_rounding(lab, make_whole, family):
+def test_bfloat16_differs_only_where_the_whole_models_best_logits_are_within_rounding(make_whole, family):
     """Each token is the whole model's best, or so near to it that bfloat16 can't tell them apart."""
     whole = make_whole(family, dtype=torch.bfloat16)
     requests = lab.RAGGED[:4]
@@ -99,7 +93,7 @@ def test_bfloat16_differs_only_where_the_whole_models_best_logits_are_within_rou
     assert differing < 8
 
 
-def test_bfloat16_weights_are_packed_and_weigh_what_the_costs_say(lab, make_whole):
+def test_bfloat16_weights_are_packed_and_weigh_what_the_costs_say(make_whole):
     whole = make_whole("llama", dtype=torch.bfloat16)
     split = lab.SplitModel(whole.folder, 3, dtype="bfloat16")
     packed = [m for s in split.stages for m in s._model.modules() if isinstance(m, PackedLinear)]
@@ -114,14 +108,14 @@ def test_float32_stays_with_the_kernel_that_transformers_uses():
     assert not can_pack(torch.bfloat16, torch.device("meta"))
 
 
-def test_progress_counts_the_bytes_of_the_checkpoint(lab, make_whole):
+def test_progress_counts_the_bytes_of_the_checkpoint(make_whole):
     whole = make_whole("llama")
     split = lab.SplitModel(whole.folder, 1)
     assert split.progress == sorted(split.progress)
     assert split.progress[-1] == sum(p.nbytes for p in whole.model.parameters())
 
 
-def test_what_per_layer_inputs_and_shared_keys_need_travels_beside_the_hidden_states(lab, tmp_path):
+def test_what_per_layer_inputs_and_shared_keys_need_travels_beside_the_hidden_states(tmp_path):
     """gemma4: each layer gets its own embedding of the tokens, and late layers read an earlier layer's K and V."""
     config = AutoConfig.for_model(
         "gemma4_text",
@@ -143,7 +137,7 @@ def test_what_per_layer_inputs_and_shared_keys_need_travels_beside_the_hidden_st
 
 
 @pytest.fixture
-def middle(lab, make_whole):
+def middle(make_whole):
     return lab.SplitModel(make_whole("llama").folder, 3).stages[1]
 
 
@@ -179,7 +173,7 @@ def test_tensors_that_do_not_fit_the_step_are_refused(middle, tensors, message):
     ("tokens", "blocks", "message"),
     [((5, 151), (0, 1), "token"), ((5, 6), (64,), "block"), ((5, -1), (0,), "token"), ((1,) * 5, (3,), "block")],
 )
-def test_tokens_and_blocks_that_do_not_exist_are_refused(lab, make_whole, tokens, blocks, message):
+def test_tokens_and_blocks_that_do_not_exist_are_refused(make_whole, tokens, blocks, message):
     """Before anything is written: a wrong index would read or write another sequence's memory."""
     first = lab.SplitModel(make_whole("llama").folder, 2).stages[0]
     with pytest.raises(FrameError, match=message):
