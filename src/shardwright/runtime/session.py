@@ -380,7 +380,7 @@ async def open_session(
         if write_metrics:
             writer = MetricsWriter(config.metrics)
             task = asyncio.create_task(_write_metrics(engine, writer, config.metrics_interval_s), name="metrics")
-            stack.push_async_callback(_cancel, task)
+            stack.push_async_callback(_end_metrics, task, engine, writer)
         yield session
 
 
@@ -415,10 +415,12 @@ async def _write_metrics(engine: MasterEngine, writer: MetricsWriter, interval_s
         await asyncio.sleep(interval_s)
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
+async def _end_metrics(task: asyncio.Task[None], engine: MasterEngine, writer: MetricsWriter) -> None:
+    """The last state stays in the file: a command may be over before the first interval is."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+    await asyncio.to_thread(writer.write, engine.snapshot())
 
 
 class _StageSender:

@@ -9,20 +9,16 @@ import grpc
 import pytest
 import torch
 from real_processes import port_of, write_registry
+from stage_loads import open_weights, whole_stage
 from tiny_models import greedy_answer, prompt_of
 
 from shardwright.errors import FrameError, InvalidRequestError, ProtocolError, ShardwrightError, StageLoadError
-from shardwright.model.checkpoint import Checkpoint
-from shardwright.runtime.tensor_hashes import hash_tensors
 from shardwright.runtime.weight_sender import send_stage
 from shardwright.transport.grpc import GrpcTransport
 from shardwright.transport.grpc_options import PROTOCOL_METADATA, method_path
 from shardwright.types import (
-    LayerRange,
     SamplingParams,
     SequenceSlice,
-    StageAssignment,
-    StageLoad,
     StepInput,
     WorkerDescription,
 )
@@ -48,24 +44,14 @@ async def worker(cluster):
 
 @pytest.fixture
 def checkpoint(tiny):
-    return Checkpoint.open((tiny.folder / "model.safetensors",))
+    return open_weights(tiny.folder)
 
 
 @pytest.fixture
-async def load(worker, checkpoint, tiny, tmp_path):
+async def load(worker, tiny, tmp_path):
     """The whole model as one stage, as a master would give it, without a hint where the worker may find the file."""
     epoch = 1 + (await worker.describe(timeout_s=TIMEOUT_S)).last_epoch
-    return StageLoad(
-        assignment=StageAssignment(
-            epoch=epoch, worker_id="w", stage_index=0, num_stages=1, layers=LayerRange(0, 5), num_blocks=BLOCKS,
-            block_size=16, next_worker_id=None,
-        ),
-        model_config=(tiny.folder / "config.json").read_text(encoding="utf-8"),
-        dtype="float32",
-        tensors=hash_tensors(checkpoint, checkpoint.tensors, cache_dir=tmp_path),
-        file_hints=(),
-        next_address="",
-    )  # fmt: skip
+    return whole_stage(tiny.folder, epoch=epoch, cache_dir=tmp_path, num_blocks=BLOCKS)
 
 
 class DamagedTensors:

@@ -47,6 +47,17 @@ def long_run(processes, tiny, tmp_path):
 
 
 @pytest.fixture
+def try_master(master, cluster, tiny, error_of):
+    """Exit code and error of a master that can't have the registered workers."""
+
+    def attempt():
+        outcome = master("generate", "--registry", cluster.registry, "--model", tiny.folder, "--prompt-ids", IDS)
+        return outcome.code, error_of(outcome)
+
+    return attempt
+
+
+@pytest.fixture
 def check_serves(master, cluster, tiny):
     """The registered workers answer as the whole model does."""
 
@@ -66,7 +77,7 @@ def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_
     run = long_run("--local-workers", 2)
     run.wait_for("^ready: 2 stages")
     time.sleep(0.3)
-    victim = sorted(run.descendants(), key=lambda process: process.pid)[-1]
+    victim = max(run.descendants(), key=lambda process: process.pid)
     victim.kill()
     code, seconds = wait_until_it_ends(run)
     assert code == 3
@@ -127,14 +138,14 @@ def test_local_workers_end_when_their_master_is_killed(long_run):
 
 
 def test_registered_workers_refuse_a_second_master_and_outlive_a_killed_one(
-    long_run, master, cluster, tiny, error_of, check_serves
+    long_run, cluster, try_master, check_serves
 ):
     """One master at a time; a killed one leaves them free for the next."""
     first = long_run("--registry", cluster.registry)
     first.wait_for("^ready: 2 stages")
-    second = master("generate", "--registry", cluster.registry, "--model", tiny.folder, "--prompt-ids", IDS)
-    assert second.code == 3
-    assert "is serving another master" in error_of(second)
+    code, error = try_master()
+    assert code == 3
+    assert "is serving another master" in error
     assert first.process.poll() is None
     first.send(signal.SIGKILL)
     first.process.wait(30)

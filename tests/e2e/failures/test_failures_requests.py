@@ -1,9 +1,7 @@
 """What can't be done as asked: each time one sentence, an exit code of 2 or above, and nothing left running."""
 
 import json
-import os
 import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,14 +109,14 @@ def test_a_truncated_checkpoint_is_named(master, cluster, tiny, error_of, tmp_pa
     assert "1000" in error_of(outcome)
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(master, cluster, tiny, error_of, tmp_path, serves):
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(generate, tiny, error_of, tmp_path, serves):
     folder = tmp_path / "incomplete"
     folder.mkdir()
     (folder / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
     tensors = load_file(tiny.folder / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
-    outcome = master("generate", "--registry", cluster.registry, "--model", folder, "--prompt-ids", IDS)
+    outcome = generate("--prompt-ids", IDS, "--model", folder)
     assert outcome.code == 2
     assert "model.layers.3.mlp.up_proj.weight" in error_of(outcome)
     serves()
@@ -174,4 +172,4 @@ def test_an_unreachable_worker_is_named(master, tiny, error_of, tmp_path):
 def test_nothing_is_written_where_nothing_was_done(master, tiny, tmp_path):
     """A command that failed leaves no metrics and no registry behind."""
     assert master("generate", "--model", tiny.folder, "--prompt-ids", IDS).code == 2
-    assert [path for path in os.listdir(tmp_path) if Path(path).suffix == ".json"] == []
+    assert list(tmp_path.glob("*.json")) == []
