@@ -23,9 +23,14 @@ def _quiet():
 
 @pytest.fixture
 def _equal_machines(monkeypatch):
-    """Workers take a told speed for their own: what they measure is another test's matter, and takes a second each."""
+    """Workers take a told speed and one thread for their own.
+
+    What they measure is another test's matter, and takes a second each; threads of several stages would wait for each
+    other's cores.
+    """
     speed = Speed(read_bandwidth=1e10, matrix_rate=1e11)
     monkeypatch.setattr("shardwright.runtime.probe.measure_speed", lambda *_, **__: speed)
+    monkeypatch.setattr("shardwright.runtime.probe.usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="session")
