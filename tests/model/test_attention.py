@@ -140,6 +140,20 @@ def test_heads_may_be_shared_and_values_of_another_size(kv_heads, key_dim, value
         torch.testing.assert_close(run(layer, cell, parts).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["plain", "window", "all"])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_long_contexts_in_a_batch_of_single_tokens_give_what_each_alone_gives(name, scattered):
+    """On a CPU a long context in neighbouring blocks is attended in place, beside a padded group of short ones."""
+    call = CALLS[name]
+    sequences = make_sequences([141, 20, 37, 5], scattered=scattered)
+    layer, cell = make_layer(sequences, call.window)
+    for sequence in sequences:
+        run(layer, cell, [(sequence, 0, len(sequence.q) - 1, call)])
+    parts = [(s, len(s.q) - 1, len(s.q), call) for s in sequences]
+    expected = torch.cat([naive(s, start, end, call) for s, start, end, _ in parts])
+    torch.testing.assert_close(run(layer, cell, parts).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_two_sequences_read_a_prefix_from_the_same_blocks():
     """The second sequence computes only what comes after the shared blocks."""
     call = CALLS["plain"]

@@ -39,7 +39,6 @@ class FamilyPlan:
     """Where a model's parts are and what they exchange. Module names are the whole model's."""
 
     model_type: str
-    base: str  # the module that holds the embedding, the layers and the norm
     layers: str  # the list of layers
     embedding: str
     head: str
@@ -130,6 +129,7 @@ def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | N
         tied_embedding=tied,
         activation_bytes_per_token=plan.probed.hidden.size_per_token * DTYPES[dtype].itemsize,
         max_context=_max_context(config),
+        element_bytes=DTYPES[dtype].itemsize,
     )
 
 
@@ -160,7 +160,7 @@ def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention:
         if getattr(config, flag, False):
             setattr(config, flag, False)
     try:
-        with CONSTRUCTION, torch.device("meta"), _quiet():
+        with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
@@ -179,14 +179,14 @@ def _plan(config: PreTrainedConfig, model: Any) -> FamilyPlan:
         raise _unsupported(model_type, "it has no token embedding or no output head")
     layers = _find_layers(model, model_type)
     try:
-        probed = probe(model, layers)
+        with CONSTRUCTION:
+            probed = probe(model, layers)
     except ProbeError as exc:
         raise _unsupported(model_type, str(exc)) from exc
     if names[id(embedding)] not in probed.before or names[id(head)] not in probed.after:
         raise _unsupported(model_type, "its embedding or its head is not where the layers begin and end")
     return FamilyPlan(
         model_type=model_type,
-        base=layers.rpartition(".")[0],
         layers=layers,
         embedding=names[id(embedding)],
         head=names[id(head)],
@@ -244,10 +244,11 @@ def _unsupported(model_type: str, reason: str) -> UnsupportedModelError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `transformers`' advice about configs off the terminal."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
+    """Keep `transformers`' advice about configs off the terminal; one thread at a time, since it is the process's."""
+    with CONSTRUCTION:
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)

@@ -50,7 +50,7 @@ def test_costs_are_bytes_in_the_compute_dtype():
     assert costs.head_bytes == whole.lm_head.weight.nbytes + whole.model.norm.weight.nbytes
     assert costs.layer_kv_bytes_per_token == (2 * 2 * 16 * 4,) * 5
     assert (costs.hidden_size, costs.activation_bytes_per_token, costs.max_context) == (48, 192, 256)
-    assert not costs.tied_embedding
+    assert (costs.tied_embedding, costs.element_bytes) == (False, 4)
     half = costs_of(config, "bfloat16")
     assert 2 * sum(half.layer_bytes) == sum(costs.layer_bytes)
     assert half.layer_kv_bytes_per_token == (2 * 2 * 16 * 2,) * 5
