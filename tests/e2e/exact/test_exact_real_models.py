@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 from live_sessions import Silence
 
 from shardwright.config import MasterConfig, default_cache_dir
+from shardwright.model import reference
 from shardwright.runtime.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -14,7 +16,28 @@ PROMPTS = ("The capital of France is", "def fibonacci(n):")
 BFLOAT16_DIGITS = 8
 
 
-@pytest.mark.usefixtures("_equal_machines")
+@pytest.fixture(scope="module")
+def dequantised():
+    """The last file that `transformers` dequantised; it takes a quarter of a minute each time."""
+    return {}
+
+
+@pytest.fixture
+def _dequantise_once(dequantised, monkeypatch):
+    """Dequantise a file for both dtypes at once: values are float32 first in any case, and rounded then."""
+    load = reference.load_gguf_checkpoint
+
+    def load_once(path, *, return_tensors, model_to_load, torch_dtype):
+        if path not in dequantised:
+            dequantised.clear()
+            found = load(path, return_tensors=return_tensors, model_to_load=model_to_load, torch_dtype=torch.float32)
+            dequantised[path] = found["tensors"]
+        return {"tensors": {name: tensor.to(torch_dtype) for name, tensor in dequantised[path].items()}}
+
+    monkeypatch.setattr(reference, "load_gguf_checkpoint", load_once)
+
+
+@pytest.mark.usefixtures("_equal_machines", "_dequantise_once")
 @pytest.mark.timeout(900)  # the first run downloads the models
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
