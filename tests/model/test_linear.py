@@ -1,9 +1,12 @@
 """Packed linear layers compute what plain ones do, and hold their weight once."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from shardwright.model import linear
 from shardwright.model.linear import PackedLinear, can_pack, pack_linear
 
 CPU = torch.device("cpu")
@@ -27,6 +30,21 @@ def test_packed_products_are_within_rounding_of_exact_ones(rows, bias):
     assert isinstance(packed, PackedLinear)
     assert packed.num_bytes == (96 * 72 + (72 if bias else 0)) * 2
     torch.testing.assert_close(packed(x).double(), exact, atol=2.0**-8, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_weight_is_packed_in_pieces_and_used_up(monkeypatch, bias):
+    """Half a dozen pieces, the last one shorter; the plain weight's pages are given back one piece after the other."""
+    plain = nn.Linear(1024, 700, bias=bias, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
+    x = torch.randn((1, 3, 1024), dtype=torch.bfloat16)
+    weight = plain.weight.double()
+    exact = nn.functional.linear(x.double(), weight, plain.bias.double() if bias else None)
+    monkeypatch.setattr(linear, "MAX_PIECE_BYTES", 128 * 2 * 1024)
+    packed = PackedLinear(plain.weight, plain.bias)
+    assert packed.num_bytes == (1024 * 700 + (700 if bias else 0)) * 2
+    torch.testing.assert_close(packed(x).double(), exact, atol=2.0**-7, rtol=2.0**-7)
+    if sys.platform == "linux":
+        assert torch.count_nonzero(plain.weight) < 0.05 * plain.weight.numel()  # pages that two pieces share stay
 
 
 def test_rows_may_be_a_view_of_more():

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import torch
 from torch import nn
+
+MAX_PIECE_BYTES = 64 * 1024 * 1024
+"""A larger weight (the head of a large vocabulary) is packed in pieces of whole rows, so that packing needs no room."""
+
+_MADV_DONTNEED = 4  # Linux's
 
 
 class PackedLinear(nn.Module):
@@ -14,27 +23,55 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Pack `weight`; one of more than `MAX_PIECE_BYTES` is used up, since it would be in memory twice else."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        rows = max(1, MAX_PIECE_BYTES // (self.in_features * weight.itemsize))
         # plain attributes: an opaque mkldnn tensor is neither a parameter nor a buffer to anyone else
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001  torch's only name for it
+        self._packed: list[torch.Tensor] = []
+        for start in range(0, self.out_features, rows):
+            piece = weight.detach()[start : start + rows]
+            self._packed.append(torch.ops.mkldnn._reorder_linear_weight(piece))  # noqa: SLF001  torch's only name for it
+            if self.out_features > rows:
+                _give_back(piece)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # noqa: SLF001
-        return result
+        if len(self._packed) == 1:
+            return _multiply(x, self._packed[0], self._bias)
+        result = torch.cat([_multiply(x, piece, None) for piece in self._packed], dim=-1)
+        return result if self._bias is None else result + self._bias
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weight and the bias."""
         bias = 0 if self._bias is None else self._bias.nbytes
-        weight: int = self.in_features * self.out_features * self._packed.dtype.itemsize
+        weight: int = self.in_features * self.out_features * self._packed[0].dtype.itemsize
         return weight + bias
 
     def extra_repr(self) -> str:
         """As `nn.Linear` prints itself."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+    return result
+
+
+def _give_back(piece: torch.Tensor) -> None:
+    """Return the whole pages under a tensor to the system while the rest of its storage is still in use.
+
+    What it held is lost. Where the system has no such call, the memory is freed with the storage, a little later.
+    """
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    begin = -(-piece.data_ptr() // page) * page
+    end = (piece.data_ptr() + piece.nbytes) // page * page
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +46,15 @@ class RawTensors(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsInto(Protocol):
+    """Raw tensors that can be read where they are wanted, so that none is in memory twice."""
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill `view` with the tensor's raw bytes from `offset` on."""
+        ...
+
+
 def read_checked(raw: RawTensors, name: str) -> memoryview:
     """The tensor's bytes, as many as its spec says."""
     data = raw.read(name).cast("B")
@@ -57,7 +66,8 @@ def read_checked(raw: RawTensors, name: str) -> memoryview:
 def fill_from_raw(target: torch.Tensor, raw: RawTensors, name: str) -> None:
     """Write a safetensors tensor's values into `target` (contiguous, same number of values, any dtype and device).
 
-    Values are cast as `Tensor.to` casts them. Beside `target` and the raw bytes, at most 16 MiB are held.
+    Values are cast as `Tensor.to` casts them. Beside `target` at most 16 MiB are held, and the raw bytes where `raw`
+    can't read into place.
     """
     spec = raw.specs[name]
     if spec.dtype not in TORCH_DTYPES:
@@ -68,17 +78,26 @@ def fill_from_raw(target: torch.Tensor, raw: RawTensors, name: str) -> None:
         raise CheckpointError(f"tensor {name!r}: {spec.num_bytes} bytes for shape {list(spec.shape)} in {spec.dtype}")
     assert target.is_contiguous(), name
     assert target.numel() == count, name
-    source = np.frombuffer(read_checked(raw, name), dtype=np.uint8)
+    read_into = raw.read_into if isinstance(raw, ReadsInto) else _from_memory(read_checked(raw, name))
     flat = target.view(-1)
     if flat.device.type == "cpu" and flat.dtype == dtype:
-        as_bytes(flat)[:] = source
+        read_into(name, 0, as_bytes(flat).data)
         return
     per_chunk = min(count, _STAGING_BYTES // dtype.itemsize) or 1
     staging = torch.empty(per_chunk, dtype=dtype)
     for start in range(0, count, per_chunk):
         part = staging[: min(per_chunk, count - start)]
-        as_bytes(part)[:] = source[start * dtype.itemsize : (start + len(part)) * dtype.itemsize]
+        read_into(name, start * dtype.itemsize, as_bytes(part).data)
         flat[start : start + len(part)].copy_(part)
+
+
+def _from_memory(source: memoryview) -> Callable[[str, int, memoryview], None]:
+    """Reads one tensor's bytes out of memory."""
+
+    def read_into(_name: str, offset: int, view: memoryview) -> None:
+        view[:] = source[offset : offset + len(view)]
+
+    return read_into
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -87,18 +87,23 @@ class ReceivedTensors:
 
         Raises `CheckpointError` when the file was changed since it was verified.
         """
+        view = memoryview(bytearray(self._specs[name].num_bytes))
+        self.read_into(name, 0, view)
+        return view
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill `view` with the tensor's raw bytes from `offset` on; otherwise as `read`."""
         spec = self._specs[name]
-        content = bytearray(spec.num_bytes)
-        view = memoryview(content)
-        if spec.num_bytes == 0:
-            return view
+        assert 0 <= offset <= offset + len(view) <= spec.num_bytes, f"{name}: {len(view)} bytes at {offset}"
+        if len(view) == 0:
+            return
         source = self._ranges[spec.sha256]
         path = source.path
         if source.identity is not None and FileIdentity.of(path) != source.identity:
             raise CheckpointError(f"{path} was changed after tensor {name} in it was verified; load the model again")
         try:
             with path.open("rb", buffering=0) as stream:
-                stream.seek(source.offset)
+                stream.seek(source.offset + offset)
                 count = 0
                 while count < len(view):
                     size = stream.readinto(view[count:])
@@ -107,7 +112,6 @@ class ReceivedTensors:
                     count += size
         except OSError as exc:
             raise CheckpointError(f"{path}: tensor {name} can't be read: {exc.strerror}; load the model again") from exc
-        return view
 
 
 class WeightReceiver:
