@@ -215,14 +215,17 @@ def _misfit(weights: StageWeights, workers: Sequence[WorkerCapacity], usable: Se
     """Why nothing fits and what would help: the message of the `PlacementError`."""
     costs, settings = weights.costs, weights.settings
     whole = weights.needed(0, costs.num_layers)
-    devices = {(w.host_id, w.device): 0 for w in workers}
+    devices: dict[tuple[str, str], list[WorkerCapacity]] = {}
     for w in workers:
-        key = (w.host_id, w.device)
-        devices[key] = max(devices[key], w.memory_bytes, w.shared_memory_bytes)
+        devices.setdefault((w.host_id, w.device), []).append(w)
+    together = sum(
+        min(sum(w.memory_bytes for w in sharing), max(max(w.memory_bytes, w.shared_memory_bytes) for w in sharing))
+        for sharing in devices.values()
+    )
     largest = max(workers, key=lambda w: w.memory_bytes)
     count = f"{len(workers)} workers" if len(workers) > 1 else "1 worker"
     have = f"the largest ({largest.worker_id}) offers {_gib(largest.memory_bytes)}"
-    have += f", the {count} together {_gib(sum(devices.values()))}"
+    have += f", the {count} together {_gib(together)}"
     return (
         f"{costs.name} needs {_gib(whole)} ({_gib(weights.held(0, costs.num_layers))} of weights, KV for "
         f"{settings.min_kv_tokens} tokens, and workspace) and a layer can't be divided; {have}. "

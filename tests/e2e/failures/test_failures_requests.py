@@ -154,8 +154,8 @@ def test_a_model_that_fits_nowhere_is_refused_before_anything_is_sent(processes,
     registry.write_text(json.dumps([{"username": "small", "ip": "127.0.0.1", "port": port}]), encoding="utf-8")
     outcome = master("generate", "--model", tiny.folder, "--prompt-ids", IDS)
     assert outcome.code == 2
-    assert "memory" in error_of(outcome)
-    assert "MiB" in error_of(outcome)
+    assert "needs" in error_of(outcome)
+    assert "the largest (small) offers 0.01 GiB, the 1 worker together 0.01 GiB" in error_of(outcome)
 
 
 def test_an_unreachable_worker_is_named(master, tiny, error_of, tmp_path):
