@@ -47,7 +47,7 @@ demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=
 	  --summary -- "$$DEMO_PROMPT"
 
 test: $(STAMP)  ## run all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 sim: $(STAMP)  ## simulate SEEDS=1000 clusters with delays, aborts and lost workers
 	@$(BIN)/python tests/sim/run.py --seeds "$$SIM_SEEDS"

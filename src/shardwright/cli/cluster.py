@@ -19,7 +19,7 @@ from shardwright.cli.console import one_sentence, say, stdout_console, warn
 from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.registry import Change, Registry, WorkerEntry
-from shardwright.runtime.threads import passive_waiting
+from shardwright.runtime.threads import short_waiting
 from shardwright.types import HeartbeatReport, WorkerDescription
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def grpc_transport(config: MasterConfig) -> Transport:
 
 async def serve_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
     """Serve until cancelled; imported late because torch takes seconds to load, and reads how to wait when it does."""
-    for name, value in passive_waiting().items():
+    for name, value in short_waiting().items():
         os.environ.setdefault(name, value)
     from shardwright.runtime.worker_process import run_worker
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 
-def passive_waiting() -> dict[str, str]:
-    """Environment that makes OpenMP threads sleep, not spin, between parallel regions.
+def short_waiting() -> dict[str, str]:
+    """Environment that makes OpenMP threads spin for a moment between parallel regions, then sleep.
 
+    Long enough for the gap between two operations of a layer, short enough to be over when another stage's turn comes.
     It must be set before torch is imported, since the OpenMP library reads it once when it is loaded. Measured in
-    `docs/decisions/`.
+    `docs/decisions/0004-threads-and-waiting.md`.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}

@@ -201,6 +201,7 @@ class WorkerShell:
         *,
         device: str,
         num_threads: int,
+        compute: ThreadPoolExecutor,
         probe: MachineProbe,
         receiver: WeightReceiver,
         transport: Transport,
@@ -222,7 +223,7 @@ class WorkerShell:
         self._lost_next: WorkerId | None = None  # the next stage's worker, once the link to it is gone
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
-        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._compute = compute
         self._stop_build = threading.Event()  # of the load that goes on now, if one does
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from shardwright.config import WorkerConfig
 from shardwright.runtime.probe import Machine
@@ -24,14 +25,23 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
 
     Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
     """
-    machine = await asyncio.to_thread(
-        Machine, device=config.device, threads=config.threads, memory_bytes=config.memory_bytes
-    )
+    # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
+    # more threads than there are cores it no longer waits actively: small products would take twice as long.
+    compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+    try:
+        machine = await asyncio.get_running_loop().run_in_executor(
+            compute,
+            lambda: Machine(device=config.device, threads=config.threads, memory_bytes=config.memory_bytes),
+        )
+    except BaseException:
+        compute.shutdown(wait=False)
+        raise
     cache = TensorCache(config.cache_dir, limit_bytes=config.cache_limit_bytes)
     receiver = WeightReceiver(cache, cache_dir=config.cache_dir)
     shell = WorkerShell(
         device=str(machine.device),
         num_threads=machine.num_threads,
+        compute=compute,
         probe=machine,
         receiver=receiver,
         transport=transport,
