@@ -121,6 +121,7 @@ class StepInput:
     epoch: Epoch
     step: StepId
     slices: tuple[SequenceSlice, ...]
+    steps_in_flight: int = 1  # that the master aims at: stages on one machine share its cores among so many
 
     @property
     def num_tokens(self) -> int:
@@ -184,6 +185,7 @@ class StageAssignment:
     num_blocks: int
     block_size: int
     next_worker_id: WorkerId | None  # None on the last stage
+    num_sharing: int = 1  # stages of this pipeline on the same host and device, this one included
 
     @property
     def is_first(self) -> bool:
@@ -264,6 +266,7 @@ class StepTiming:
     num_tokens: int
     mean_s: float
     count: int
+    concurrency: int = 1  # stages of the same device that computed at the same time, as far as the master aimed at it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

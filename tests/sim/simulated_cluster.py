@@ -405,7 +405,13 @@ class Simulation:
         step, activation = worker.steps[epoch, number]
         worker.steps[epoch, number] = (step, worker.stage.compute(step, activation))
         worker.timings.append(
-            StepTiming(num_sequences=len(step.slices), num_tokens=step.num_tokens, mean_s=duration, count=2)
+            StepTiming(
+                num_sequences=len(step.slices),
+                num_tokens=step.num_tokens,
+                mean_s=duration,
+                count=2,
+                concurrency=min(step.steps_in_flight, 2),
+            )
         )
         self._tell_worker(worker, ev.StepComputed(epoch=epoch, step=number))
 

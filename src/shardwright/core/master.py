@@ -237,6 +237,7 @@ class MasterState:
         effects = self._close()
         self._epoch += 1
         planned = placement.stages
+        devices = [self._device_of(stage.worker_id) for stage in planned]
         self._stages = tuple(
             StageAssignment(
                 epoch=self._epoch,
@@ -247,6 +248,7 @@ class MasterState:
                 num_blocks=placement.num_blocks,
                 block_size=self._settings.block_size,
                 next_worker_id=planned[index + 1].worker_id if index + 1 < len(planned) else None,
+                num_sharing=devices.count(devices[index]),
             )
             for index, stage in enumerate(planned)
         )
@@ -399,17 +401,18 @@ class MasterState:
         return chosen
 
     def _paces(self) -> list[StagePace]:
-        paces: list[StagePace] = []
-        for stage in self._stages:
-            capacity = self._cluster.workers[stage.worker_id].capacity
-            paces.append(
-                StagePace(
-                    device=(capacity.host_id, capacity.device),
-                    times=self._step_times[stage.worker_id],
-                    link_delay_s=capacity.link_delay_s,
-                )
+        return [
+            StagePace(
+                num_sharing=stage.num_sharing,
+                times=self._step_times[stage.worker_id],
+                link_delay_s=self._cluster.workers[stage.worker_id].capacity.link_delay_s,
             )
-        return paces
+            for stage in self._stages
+        ]
+
+    def _device_of(self, worker_id: WorkerId) -> tuple[str, str]:
+        capacity = self._cluster.workers[worker_id].capacity
+        return capacity.host_id, capacity.device
 
     # --- to look at --------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ class Scheduler:
             )
             for part in parts
         )
-        return StepInput(epoch=epoch, step=step, slices=slices)
+        return StepInput(epoch=epoch, step=step, slices=slices, steps_in_flight=num_groups)
 
     def _continue_running(self, most_parts: int) -> tuple[list[tuple[Sequence, int]], bool]:
         """Tokens for running sequences, most urgent first; blocks in order of arrival.

@@ -1,17 +1,20 @@
 """How many steps in flight pay: measured step times and link delays in, a number out.
 
 Let t_i(b) be stage i's time for a step of b sequences, l_i the delay of the link into it, B the sequences there are.
-With m steps in flight of B/m sequences each, a step's trip takes sum(t_i(B/m) + l_i), and in that time every device
+With m steps in flight of B/m sequences each, a step's trip takes sum(t_i(B/m) + l_i), and in that time every stage
 must compute m steps. So
 
-    tokens/s = B / max( sum over stages (t_i(B/m) + l_i),  m * max over devices sum of its stages' t_i(B/m) )
+    tokens/s = B / max( sum over stages (t_i(B/m) + l_i),  m * max over stages t_i(B/m) )
 
-Stages on one device (one machine's cores, one GPU) compute one after the other: for them the second term is what
-counts, and more than one step in flight seldom pays. Where t is flat in b (decode bound by memory) it never does;
-where t grows with b, up to about S (1 + l/t) steps gain in proportion.
+Where t is flat in b (decode bound by memory) more than one step never pays; where t grows with b, up to about
+S (1 + l/t) steps gain in proportion.
 
-A table that knows only whole batches can't tell. So where no two stages share a device, and half batches were never
-seen, two steps are put in flight until they are: that costs little, and the formula decides from then on.
+Stages on one device (one machine's cores, one GPU) slow each other down when they compute at the same time, and how
+much only a measurement tells: work that waits for memory halves its speed, work that waits for the interpreter keeps
+it. So their times are kept by concurrency, the number of them that compute at once: min(m, stages on the device).
+
+A table that knows only whole batches, or only one step at a time, can't tell what two would bring. So two steps are
+put in flight until half batches were seen under them: that costs little, and the formula decides from then on.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ _NEW_WEIGHT = 0.25
 
 @dataclass(slots=True, eq=False)
 class StepTimes:
-    """One stage's measured decode times by number of sequences."""
+    """One stage's measured decode times by concurrency and number of sequences."""
 
-    mean_s: dict[int, float] = field(default_factory=dict)
+    mean_s: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def add(self, timings: Iterable[StepTiming]) -> None:
         """Take a report's means. Only pure decode steps count (one token for each sequence), and no step alone.
@@ -46,26 +49,28 @@ class StepTimes:
         for timing in timings:
             if timing.count < 2 or timing.num_tokens != timing.num_sequences or timing.num_sequences < 1:
                 continue
-            known = self.mean_s.get(timing.num_sequences)
+            table = self.mean_s.setdefault(timing.concurrency, {})
+            known = table.get(timing.num_sequences)
             if known is None:
-                self.mean_s[timing.num_sequences] = timing.mean_s
+                table[timing.num_sequences] = timing.mean_s
             else:
-                self.mean_s[timing.num_sequences] += _NEW_WEIGHT * (timing.mean_s - known)
+                table[timing.num_sequences] += _NEW_WEIGHT * (timing.mean_s - known)
 
-    def knows(self, num_sequences: int) -> bool:
-        """Whether a step of at most so many sequences was measured."""
-        return any(size <= num_sequences for size in self.mean_s)
+    def knows(self, num_sequences: int, *, concurrency: int = 1) -> bool:
+        """Whether a step of at most so many sequences was measured at this concurrency."""
+        return any(size <= num_sequences for size in self.mean_s.get(concurrency, ()))
 
-    def at(self, num_sequences: int) -> float | None:
-        """The time for a step of so many sequences, in seconds; None when nothing was measured.
+    def at(self, num_sequences: int, *, concurrency: int = 1) -> float | None:
+        """The time for a step of so many sequences, in seconds; None when nothing was measured at this concurrency.
 
         Between two measured sizes on the line through them; outside them as at the nearest, so that splitting or
         joining promises nothing that was not seen. Never falls with the size: a smaller step is not slower.
         """
-        if not self.mean_s:
+        table = self.mean_s.get(concurrency)
+        if not table:
             return None
-        sizes = sorted(self.mean_s)
-        times = [self.mean_s[size] for size in sizes]
+        sizes = sorted(table)
+        times = [table[size] for size in sizes]
         for index in range(len(times) - 2, -1, -1):
             times[index] = min(times[index], times[index + 1])
         right = bisect_left(sizes, num_sequences)
@@ -81,36 +86,39 @@ class StepTimes:
 class StagePace:
     """What the choice needs to know of one stage."""
 
-    device: tuple[str, str]  # host and device: equal for stages that share compute
+    num_sharing: int  # stages on its device, itself included
     times: StepTimes
     link_delay_s: float  # one way, into this stage
+
+    def concurrency(self, num_steps: int) -> int:
+        """Stages on its device that compute at once with so many steps in flight."""
+        return min(num_steps, self.num_sharing)
 
 
 def tokens_per_second(stages: Sequence[StagePace], *, num_sequences: int, num_steps: int) -> float | None:
     """The formula above; None when a stage was not measured yet."""
-    trip_s = 0.0
-    busy_s: dict[tuple[str, str], float] = {}
+    trip_s = longest_s = 0.0
     for stage in stages:
-        time_s = stage.times.at(-(-num_sequences // num_steps))
+        time_s = stage.times.at(-(-num_sequences // num_steps), concurrency=stage.concurrency(num_steps))
         if time_s is None:
             return None
         trip_s += time_s + stage.link_delay_s
-        busy_s[stage.device] = busy_s.get(stage.device, 0.0) + time_s
-    slowest_s = max(trip_s, num_steps * max(busy_s.values()))
+        longest_s = max(longest_s, time_s)
+    slowest_s = max(trip_s, num_steps * longest_s)
     return num_sequences / slowest_s if slowest_s > 0 else None
 
 
 def choose_steps_in_flight(stages: Sequence[StagePace], *, num_sequences: int) -> int:
     """The fewest steps in flight that no larger number beats by a margin.
 
-    1 while a stage is not measured at all; 2 where only the time of half as many sequences is still missing.
+    1 while a stage is not measured at all; 2 where only the time of half as many sequences under two steps is missing.
     """
     best_steps = 1
     best_rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=1) if stages else None
     if best_rate is None or num_sequences < 2:
         return 1
-    apart = len({stage.device for stage in stages}) == len(stages) > 1
-    if apart and not all(stage.times.knows(-(-num_sequences // 2)) for stage in stages):
+    half = -(-num_sequences // 2)
+    if len(stages) > 1 and not all(s.times.knows(half, concurrency=s.concurrency(2)) for s in stages):
         return 2
     for num_steps in range(2, min(num_sequences, MOST_STEPS) + 1):
         rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=num_steps)

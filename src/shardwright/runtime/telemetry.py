@@ -53,11 +53,11 @@ class StepClock:
         self._lock = threading.Lock()
         self._steps_done = 0
         self._busy_s = 0.0
-        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, int], _Bucket] = {}
 
-    def record(self, *, num_sequences: int, num_tokens: int, seconds: float) -> None:
-        """One step was computed."""
-        key = (_bucket(num_sequences), _bucket(num_tokens))
+    def record(self, *, num_sequences: int, num_tokens: int, seconds: float, concurrency: int = 1) -> None:
+        """One step was computed, while so many stages of the device were meant to compute."""
+        key = (concurrency, _bucket(num_sequences), _bucket(num_tokens))
         with self._lock:
             self._steps_done += 1
             self._busy_s += seconds
@@ -82,8 +82,9 @@ class StepClock:
                 num_tokens=round(b.tokens / b.count),
                 mean_s=b.seconds / b.count,
                 count=b.count,
+                concurrency=key[0],
             )
-            for _, b in sorted(buckets.items())
+            for key, b in sorted(buckets.items())
         )
         return StepCounters(steps_done=steps_done, busy_s=busy_s, timings=timings)
 

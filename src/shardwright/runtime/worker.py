@@ -85,6 +85,9 @@ log = logging.getLogger(__name__)
 LINK_WINDOW = 32
 """Most steps sent to the next stage without an acknowledgement; the master keeps fewer in flight."""
 
+ACK_INTERVAL = LINK_WINDOW // 4
+"""Steps for which one acknowledgement goes back: each would wake a process whose cores the next stage now uses."""
+
 PROGRESS_INTERVAL_S = 0.1
 
 StepKey = tuple[Epoch, StepId]
@@ -160,6 +163,7 @@ class _NextLink:
         self._on_lost = on_lost
         self._queue: asyncio.Queue[StepMessage | None] = asyncio.Queue()
         self._credits = asyncio.Semaphore(LINK_WINDOW)
+        self._acknowledged: StepId = 0
         self._closing = False
         self._task = asyncio.create_task(self._run(), name=f"link to {client.address}")
 
@@ -176,13 +180,19 @@ class _NextLink:
         try:
             async for reply in self._client.process_layers(self._outgoing()):
                 if isinstance(reply, StepAck):
-                    self._credits.release()
+                    self._take_credits(reply.step)
                 self._on_reply(reply)
             reason = f"{self._client.address} closed the step link"
         except ShardwrightError as exc:
             reason = str(exc)
         if not self._closing:
             self._on_lost(reason)
+
+    def _take_credits(self, step: StepId) -> None:
+        """Steps are numbered from 1 without a gap: one credit for each since the last acknowledgement."""
+        for _ in range(self._acknowledged, step):
+            self._credits.release()
+        self._acknowledged = max(self._acknowledged, step)
 
     async def close(self) -> None:
         """End the stream and the connection; what is still queued is void."""
@@ -209,6 +219,7 @@ class WorkerShell:
     ) -> None:
         self._device = device
         self._num_threads = num_threads
+        self._threads_set = 0
         self._probe = probe
         self._receiver = receiver
         self._transport = transport
@@ -339,7 +350,8 @@ class WorkerShell:
             case ComputeStep():
                 self._start_compute((effect.epoch, effect.step))
             case AckStep():
-                self._reply(StepAck(epoch=effect.epoch, step=effect.step))
+                if effect.step % ACK_INTERVAL == 0:
+                    self._reply(StepAck(epoch=effect.epoch, step=effect.step))
             case ForwardStep():
                 self._forward_step((effect.epoch, effect.step))
             case PublishTokens():
@@ -446,11 +458,9 @@ class WorkerShell:
             loop.call_soon_threadsafe(replies.put_nowait, message)
 
         def build() -> Stage:
-            import torch  # here, since it takes seconds: heartbeats are answered meanwhile
+            from shardwright.model.stage import build_stage  # here: it takes seconds, and heartbeats are answered
 
-            from shardwright.model.stage import build_stage
-
-            torch.set_num_threads(self._num_threads)
+            self._set_threads(self._num_threads)
             return build_stage(
                 config_json=load.model_config,
                 layers=load.assignment.layers,
@@ -525,6 +535,8 @@ class WorkerShell:
     def _forward(self, held: _HeldStage, message: StepMessage) -> _ComputedStep:
         """Runs on the compute thread."""
         began = time.perf_counter()
+        concurrency = min(message.step.steps_in_flight, held.load.assignment.num_sharing)
+        self._set_threads(max(self._num_threads // concurrency, 1))
         tensors = {frame.name: tensor_from_frame(frame) for frame in message.tensors}
         output = held.stage.forward(message.step, tensors)
         frames = tuple(frame_from_tensor(name, tensor) for name, tensor in output.tensors.items())
@@ -532,8 +544,17 @@ class WorkerShell:
             num_sequences=len(message.step.slices),
             num_tokens=message.step.num_tokens,
             seconds=time.perf_counter() - began,
+            concurrency=concurrency,
         )
         return _ComputedStep(step=message.step, frames=frames, tokens=output.tokens)
+
+    def _set_threads(self, count: int) -> None:
+        """Compute with so many threads from now on. Called on the compute thread, which alone computes."""
+        if count != self._threads_set:
+            import torch
+
+            torch.set_num_threads(count)
+            self._threads_set = count
 
     def _forward_step(self, key: StepKey) -> None:
         held = self._held

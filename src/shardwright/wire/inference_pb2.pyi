@@ -92,14 +92,16 @@ class SequenceSlice(_message.Message):
     def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_table: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class StepInput(_message.Message):
-    __slots__ = ("epoch", "step", "slices")
+    __slots__ = ("epoch", "step", "slices", "steps_in_flight")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     slices: _containers.RepeatedCompositeFieldContainer[SequenceSlice]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ...) -> None: ...
+    steps_in_flight: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class StepMessage(_message.Message):
     __slots__ = ("step", "tensors")
@@ -184,7 +186,7 @@ class LayerResult(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ...) -> None: ...
 
 class StageAssignment(_message.Message):
-    __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id")
+    __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id", "num_sharing")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +196,7 @@ class StageAssignment(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NEXT_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     worker_id: str
     stage_index: int
@@ -203,7 +206,8 @@ class StageAssignment(_message.Message):
     num_blocks: int
     block_size: int
     next_worker_id: str
-    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., next_worker_id: _Optional[str] = ...) -> None: ...
+    num_sharing: int
+    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., next_worker_id: _Optional[str] = ..., num_sharing: _Optional[int] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape", "num_bytes", "sha256")
@@ -380,16 +384,18 @@ class HeartbeatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StepTiming(_message.Message):
-    __slots__ = ("num_sequences", "num_tokens", "mean_s", "count")
+    __slots__ = ("num_sequences", "num_tokens", "mean_s", "count", "concurrency")
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MEAN_S_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
     num_sequences: int
     num_tokens: int
     mean_s: float
     count: int
-    def __init__(self, num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., mean_s: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+    concurrency: int
+    def __init__(self, num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., mean_s: _Optional[float] = ..., count: _Optional[int] = ..., concurrency: _Optional[int] = ...) -> None: ...
 
 class HeartbeatReport(_message.Message):
     __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings")

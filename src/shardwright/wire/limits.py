@@ -35,6 +35,7 @@ MAX_TENSOR_BYTES: Final = 1 << 40
 """Largest tensor of a checkpoint."""
 MAX_FILE_HINTS: Final = 4096
 """Most checkpoint files of one model."""
+MAX_STEPS_IN_FLIGHT: Final = 1 << 10
 MAX_LAYERS: Final = 1 << 16
 """Most decoder layers, and most stages."""
 MAX_BLOCK_SIZE: Final = 1 << 16

@@ -191,6 +191,7 @@ def _write_assignment(assignment: StageAssignment) -> pb.StageAssignment:
         num_blocks=assignment.num_blocks,
         block_size=assignment.block_size,
         next_worker_id=assignment.next_worker_id,
+        num_sharing=assignment.num_sharing,
     )
 
 
@@ -211,6 +212,7 @@ def _read_assignment(source: pb.StageAssignment) -> StageAssignment:
         num_blocks=checks.between("StageAssignment.num_blocks", source.num_blocks, 1, MAX_POSITION),
         block_size=checks.between("StageAssignment.block_size", source.block_size, 1, MAX_BLOCK_SIZE),
         next_worker_id=checks.text("StageAssignment.next_worker_id", source.next_worker_id) if has_next else None,
+        num_sharing=checks.between("StageAssignment.num_sharing", max(source.num_sharing, 1), 1, stages),  # absent: one
     )
 
 

@@ -32,7 +32,7 @@ class StepMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAck:
-    """The step was taken off the receiver's queue: one credit back to the sender."""
+    """This step and all before it were taken off the receiver's queue: as many credits back to the sender."""
 
     epoch: Epoch
     step: StepId

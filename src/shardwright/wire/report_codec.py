@@ -105,6 +105,7 @@ def encode_report(report: HeartbeatReport) -> bytes:
                 num_tokens=timing.num_tokens,
                 mean_s=timing.mean_s,
                 count=timing.count,
+                concurrency=timing.concurrency,
             )
             for timing in report.timings
         ],
@@ -145,4 +146,5 @@ def _read_timing(source: pb.StepTiming) -> StepTiming:
         num_tokens=source.num_tokens,
         mean_s=checks.number("StepTiming.mean_s", source.mean_s),
         count=source.count,
+        concurrency=max(source.concurrency, 1),
     )

@@ -19,6 +19,7 @@ from shardwright.wire.limits import (
     MAX_POSITION,
     MAX_REASON_CHARS,
     MAX_STEP_TOKENS,
+    MAX_STEPS_IN_FLIGHT,
     WireLimits,
 )
 from shardwright.wire.messages import (
@@ -114,6 +115,7 @@ def _fill_step(target: pb.StepMessage, message: StepMessage, *, with_data: bool)
     step = message.step
     target.step.epoch = step.epoch
     target.step.step = step.step
+    target.step.steps_in_flight = step.steps_in_flight
     for part in step.slices:
         entry = target.step.slices.add(
             seq_id=part.seq_id,
@@ -138,7 +140,12 @@ def _read_step(source: pb.StepInput) -> StepInput:
     checks.at_most(f"tokens of {where}", sum(len(part.token_ids) for part in source.slices), MAX_STEP_TOKENS)
     checks.distinct(f"{where}: sequence", [part.seq_id for part in source.slices])
     slices = tuple(_read_slice(part, f"{where}, sequence {part.seq_id}") for part in source.slices)
-    return StepInput(epoch=source.epoch, step=source.step, slices=slices)
+    return StepInput(
+        epoch=source.epoch,
+        step=source.step,
+        slices=slices,
+        steps_in_flight=min(max(source.steps_in_flight, 1), MAX_STEPS_IN_FLIGHT),  # absent: one
+    )
 
 
 def _read_slice(source: pb.SequenceSlice, where: str) -> SequenceSlice:
