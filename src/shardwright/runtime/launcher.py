@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Self
 
-from shardwright.errors import ClusterError
+from shardwright.errors import ClusterError, ConfigError, UserError
 from shardwright.runtime.registry import WorkerEntry
 from shardwright.runtime.threads import short_waiting
 
@@ -110,6 +110,8 @@ class LocalWorkers:
         log = self._logs[index]
         log.seek(0)
         words = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        if code == UserError.exit_code and words:  # its own sentence says what to change
+            raise ConfigError(words[-1].removeprefix("error: "))
         raise ClusterError(f"local worker {index} ended with exit code {code} before it listened: {' | '.join(words)}")
 
 

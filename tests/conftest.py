@@ -1,0 +1,15 @@
+"""What all tests share: those that need a GPU are left out, and said to be, where there is none."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests on machines without an NVIDIA device; torch is not imported to find out."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    skip = pytest.mark.skip(reason="this machine has no GPU")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
