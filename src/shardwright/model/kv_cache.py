@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -54,10 +55,12 @@ def make_layer_cache(
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that take no memory before they are written, where the device allows it.
 
-    `torch.zeros` writes every page; numpy's come from `calloc`, whose pages the system maps on first use. They must
-    be zeros: a masked slot still meets its weight of 0, and 0 times a stray NaN is NaN.
+    `torch.zeros` writes every page, and so does `calloc` where it takes up memory that was freed before. Pages of a
+    mapping of their own come into being on first use. They must be zeros: a masked slot still meets its weight of 0,
+    and 0 times a stray NaN is NaN.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or sys.platform == "win32":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
