@@ -347,8 +347,14 @@ async def test_a_frozen_worker_is_noticed_through_keepalive(monkeypatch):
     )
     address = (await asyncio.wait_for(process.stdout.readline(), 60)).decode().strip()
     client = GrpcTransport().connect(address)
-    waiting = asyncio.create_task(anext(client.tokens(1)))
-    await client.describe(timeout_s=T)
+
+    async def steps():
+        yield make_step(1)
+        await asyncio.Event().wait()
+
+    link = client.process_layers(steps())
+    await asyncio.wait_for(anext(link), 10)  # the worker answered: the link is open on both sides
+    waiting = asyncio.create_task(anext(link))
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(LinkLostError, match="ping timeout"):
         await asyncio.wait_for(waiting, 10)
