@@ -6,6 +6,7 @@
     │   ├── RegistryError               workers.json can't be read or written
     │   ├── InvalidRequestError         a prompt or a parameter is out of range
     │   │   └── PromptTooLongError
+    │   ├── QueueFullError              too many requests wait already; carries when to try again
     │   ├── ModelError                  the model as such
     │   │   ├── ModelNotFoundError      no such file, folder, bundled name or hub id
     │   │   ├── HubUnavailableError     the hub can't be reached
@@ -60,6 +61,14 @@ class InvalidRequestError(UserError):
 
 class PromptTooLongError(InvalidRequestError):
     """A prompt can never be served: longer than the model's context or than all KV blocks."""
+
+
+class QueueFullError(UserError):
+    """Too many requests wait already; this one was not taken. `retry_after_s` says when there is likely to be room."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelError(UserError):

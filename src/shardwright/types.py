@@ -19,8 +19,17 @@ Epoch: TypeAlias = int
 BlockId: TypeAlias = int
 TokenId: TypeAlias = int
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever a message changes its meaning; master and workers must agree on it."""
+
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 64 * 1024
+
+VOCABULARY_TENSOR = "shardwright.vocabulary"
+"""The name under which a last stage gets the bytes of the model's tokens, as one more tensor of dtype U8; see
+`model/vocabulary.py`. It is absent for a model without a tokenizer: such a one can't follow grammars.
+"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +59,8 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_new_tokens or the model's context is used up
     ABORT = "abort"  # the client gave up
     ERROR = "error"  # the request can't be served, or the cluster failed under it
+    DEADLINE = "deadline"  # the request's time was up before it was done
+    REJECTED = "rejected"  # the queue was full when it came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,12 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
+    min_p: float = 0.0  # least probability, as a part of the likeliest token's; 0: no limit
     seed: int = 0
+    repetition_penalty: float = 1.0  # of tokens in prompt or output; 1: none
+    presence_penalty: float = 0.0  # taken from the logit of each token in the output
+    frequency_penalty: float = 0.0  # taken from it once for each time that it is there
+    num_top_logprobs: int = 0  # likeliest tokens to report beside the chosen one
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
@@ -72,8 +88,79 @@ class SamplingParams:
             raise InvalidRequestError(f"top_k is {self.top_k}; it must be 0 (no limit) or above")
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise InvalidRequestError(f"min_p is {self.min_p}; it must lie between 0 and 1")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise InvalidRequestError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 100"
+            )
+        for name, value in (
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ):
+            if not -2.0 <= value <= 2.0:
+                raise InvalidRequestError(f"{name} is {value}; it must lie between -2 and 2")
+        if not 0 <= self.num_top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequestError(
+                f"{self.num_top_logprobs} top logprobs were asked for; between 0 and {MAX_TOP_LOGPROBS} can be given"
+            )
         if not 0 <= self.seed < 2**64:
             raise InvalidRequestError(f"seed is {self.seed}; it must lie between 0 and 2^64 - 1")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the choice depends on the sequence's earlier tokens."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+
+class GrammarKind(enum.Enum):
+    """The language that a grammar's source is written in."""
+
+    JSON_OBJECT = "json_object"  # any JSON object; the source is empty
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"  # a context-free grammar in llguidance's dialect of Lark
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the whole output of a sequence must match."""
+
+    kind: GrammarKind
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.source) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"the {self.kind.value} has {len(self.source)} characters; at most {MAX_GRAMMAR_CHARS} are taken"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRules:
+    """Which tokens a sequence may get, beside what the logits say. Large: the last stage gets it once a sequence."""
+
+    logit_bias: tuple[tuple[TokenId, float], ...] = ()  # added to the logits, in order of the ids
+    grammar: Grammar | None = None
+    min_new_tokens: int = 0  # no stop token is chosen before the output has so many
+
+    def __post_init__(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS} are taken"
+            )
+        for token_id, bias in self.logit_bias:
+            if not -100.0 <= bias <= 100.0:
+                raise InvalidRequestError(f"logit_bias of token {token_id} is {bias}; it must lie between -100 and 100")
+        if self.min_new_tokens < 0:
+            raise InvalidRequestError(f"min_new_tokens is {self.min_new_tokens}; it must be at least 0")
+
+    def __bool__(self) -> bool:
+        return bool(self.logit_bias or self.grammar or self.min_new_tokens)
+
+
+GREEDY = SamplingParams()
+NO_RULES = TokenRules()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +176,31 @@ class StopConditions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSetup:
+    """What the last stage has to know of a sequence whose tokens depend on more than one row of logits.
+
+    Travels with the first slice that samples after the sequence was admitted, and again after each preemption or
+    recovery; sequences with neither penalties nor rules have none. The last stage counts on from here by itself and
+    forgets the sequence when a step's `dropped` names it.
+    """
+
+    num_prompt_tokens: int
+    tokens: tuple[TokenId, ...]  # all that are known, the slice's among them: prompt, then output so far
+    rules: TokenRules
+    stop_token_ids: frozenset[TokenId]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSlice:
     """The part of one sequence that a step computes.
 
     `token_ids` are the tokens at positions `start_position` to `start_position + len(token_ids) - 1`;
     `block_table` names the blocks of positions 0 to the last of these. `sampling` is set when the last of
     these tokens is the sequence's last known one, so that its logits give the next token.
+
+    `num_prompt_logprobs` is set when the client wants to know how likely the prompt's own tokens are: the last stage
+    then scores each token that follows one of the slice's, `next_token_id` (the prompt's token after the slice)
+    being the last of them. It says how many likeliest alternatives to report with each.
     """
 
     seq_id: SeqId
@@ -102,6 +208,9 @@ class SequenceSlice:
     token_ids: tuple[TokenId, ...]
     block_table: tuple[BlockId, ...]
     sampling: SamplingParams | None
+    setup: SequenceSetup | None = None
+    num_prompt_logprobs: int | None = None
+    next_token_id: TokenId | None = None  # absent in the prompt's last slice
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +231,7 @@ class StepInput:
     step: StepId
     slices: tuple[SequenceSlice, ...]
     steps_in_flight: int = 1  # that the master aims at: stages on one machine share its cores among so many
+    dropped: tuple[SeqId, ...] = ()  # sequences whose setup the last stage may forget, before it looks at the slices
 
     @property
     def num_tokens(self) -> int:
@@ -136,6 +246,25 @@ class TokenOut:
     seq_id: SeqId
     token_id: TokenId
     logprob: float  # natural log of the token's probability under the unmodified logits
+    top: tuple[tuple[TokenId, float], ...] = ()  # the likeliest tokens with theirs, as many as were asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """How likely a token of the prompt was, given those before it."""
+
+    token_id: TokenId
+    logprob: float
+    top: tuple[tuple[TokenId, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """The scores of a run of a prompt's tokens; `first_position` is the first one's, never 0: nothing precedes it."""
+
+    seq_id: SeqId
+    first_position: int
+    scores: tuple[TokenScore, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,4 +450,6 @@ class ClusterSnapshot:
     total_cached_tokens: int  # prompt tokens that a reused prefix saved
     total_output_tokens: int
     total_preemptions: int
+    max_waiting: int = 0  # the queue's bound; 0: none
+    num_cached_blocks: int = 0  # free ones whose content the prefix cache can give again
     finished: tuple[tuple[FinishReason, int], ...] = field(default=())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO, assert_never
 
 from shardwright.cli.console import one_sentence, say
 from shardwright.cli.prompts import Prompt
-from shardwright.engine import FinishEvent, RequestEvent, TokenEvent
+from shardwright.engine import FinishEvent, PromptScoresEvent, RequestEvent, TokenEvent
 from shardwright.errors import ClusterError, InvalidRequestError, UserError
 from shardwright.types import FinishReason, SamplingParams, TokenId
 
@@ -152,6 +152,8 @@ async def _follow(
                     # Before its first token a request is refused for what it is; later the cluster failed under it.
                     kind = ClusterError if answer.token_ids else UserError
                     answer.fail(event.message or "the request failed", kind.exit_code)
+            case PromptScoresEvent():
+                pass  # not asked for here
             case _:
                 assert_never(event)
     if answer.finish_reason is None:

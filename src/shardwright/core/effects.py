@@ -13,6 +13,7 @@ from shardwright.types import (
     StepId,
     StepInput,
     TokenId,
+    TokenScore,
     WorkerId,
 )
 
@@ -80,6 +81,15 @@ class EmitToken:
     index: int
     token_id: TokenId
     logprob: float
+    top: tuple[tuple[TokenId, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmitPromptScores:
+    """Hand the request's client the scores of the next tokens of its prompt, in order, before any token."""
+
+    seq_id: SeqId
+    scores: tuple[TokenScore, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +100,7 @@ class Finish:
     reason: FinishReason
     message: str = ""
     num_cached_tokens: int = 0  # prompt tokens whose K and V were reused at the first admission
+    retry_after_s: float = 0.0  # on REJECTED: when the queue is likely to have room
 
 
 MasterEffect: TypeAlias = (
@@ -101,6 +112,7 @@ MasterEffect: TypeAlias = (
     | DeployFailed
     | SendStep
     | EmitToken
+    | EmitPromptScores
     | Finish
 )
 

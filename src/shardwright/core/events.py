@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from shardwright.types import (
+    NO_RULES,
     Epoch,
     HeartbeatReport,
+    PromptScores,
     SamplingParams,
     SeqId,
     StageAssignment,
@@ -15,6 +17,7 @@ from shardwright.types import (
     StopConditions,
     TokenId,
     TokenOut,
+    TokenRules,
     WorkerCapacity,
     WorkerId,
 )
@@ -30,6 +33,9 @@ class Submit:
     prompt: tuple[TokenId, ...]
     sampling: SamplingParams
     stop: StopConditions
+    rules: TokenRules = NO_RULES
+    num_prompt_logprobs: int | None = None  # set: score the prompt's tokens, with so many alternatives each
+    timeout_s: float | None = None  # from now to its last token; then it finishes with DEADLINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,7 @@ class TokensSampled:
     epoch: Epoch
     step: StepId
     tokens: tuple[TokenOut, ...]
+    prompt_scores: tuple[PromptScores, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from shardwright.core.effects import (
     AssignStage,
     ClosePipeline,
     DeployFailed,
+    EmitPromptScores,
     EmitToken,
     Finish,
     MasterEffect,
@@ -44,10 +45,11 @@ from shardwright.core.events import (
     WorkerLost,
 )
 from shardwright.core.master import MasterState
-from shardwright.engine import FinishEvent, RequestEvent, TokenEvent
+from shardwright.engine import FinishEvent, PromptScoresEvent, RequestEvent, TokenEvent
 from shardwright.errors import ClusterError, ShardwrightError, StageLoadError
 from shardwright.transport.base import WorkerClient
 from shardwright.types import (
+    NO_RULES,
     ClusterSnapshot,
     Epoch,
     FinishReason,
@@ -57,6 +59,7 @@ from shardwright.types import (
     StepInput,
     StopConditions,
     TokenId,
+    TokenRules,
     WorkerCapacity,
     WorkerId,
 )
@@ -158,7 +161,14 @@ class MasterEngine:
     # --- Engine ------------------------------------------------------------------------------------
 
     async def submit(
-        self, prompt: tuple[TokenId, ...], sampling: SamplingParams, stop: StopConditions
+        self,
+        prompt: tuple[TokenId, ...],
+        sampling: SamplingParams,
+        stop: StopConditions,
+        *,
+        rules: TokenRules = NO_RULES,
+        num_prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[SeqId, AsyncIterator[RequestEvent]]:
         """Queue a prompt; its events come from the iterator, which ends after the `FinishEvent`."""
         if self._closed:
@@ -168,7 +178,17 @@ class MasterEngine:
         seq_id = next(self._seq_ids)
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._clients[seq_id] = events
-        self._handle(Submit(seq_id=seq_id, prompt=prompt, sampling=sampling, stop=stop))
+        self._handle(
+            Submit(
+                seq_id=seq_id,
+                prompt=prompt,
+                sampling=sampling,
+                stop=stop,
+                rules=rules,
+                num_prompt_logprobs=num_prompt_logprobs,
+                timeout_s=timeout_s,
+            )
+        )
         return seq_id, self._events(seq_id, events)
 
     async def abort(self, seq_id: SeqId) -> None:
@@ -259,9 +279,15 @@ class MasterEngine:
                 self._link.outgoing.put_nowait(effect.step)
             case EmitToken():
                 event = TokenEvent(
-                    seq_id=effect.seq_id, index=effect.index, token_id=effect.token_id, logprob=effect.logprob
+                    seq_id=effect.seq_id,
+                    index=effect.index,
+                    token_id=effect.token_id,
+                    logprob=effect.logprob,
+                    top=effect.top,
                 )
                 self._clients[effect.seq_id].put_nowait(event)
+            case EmitPromptScores():
+                self._clients[effect.seq_id].put_nowait(PromptScoresEvent(seq_id=effect.seq_id, scores=effect.scores))
             case Finish():
                 self._finish(
                     FinishEvent(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardwright.config import MasterConfig
-from shardwright.engine import FinishEvent, TokenEvent
+from shardwright.engine import FinishEvent, PromptScoresEvent, TokenEvent
 from shardwright.errors import ClusterError
 from shardwright.runtime.registry import WorkerEntry
 from shardwright.runtime.session import OpenModel, Session, SessionListener, open_model, open_session
@@ -173,6 +173,8 @@ async def _answer(session: Session, prompt: tuple[TokenId, ...], stop: StopCondi
                 raise ClusterError(event.message)
             case FinishEvent():
                 break
+            case PromptScoresEvent():
+                pass  # not asked for here
     return tuple(tokens)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shardwright.types import Epoch, StageLoad, StepId, StepInput, TokenOut, WorkerId
+from shardwright.types import Epoch, PromptScores, StageLoad, StepId, StepInput, TokenOut, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ class StepResult:
     epoch: Epoch
     step: StepId
     tokens: tuple[TokenOut, ...]
+    prompt_scores: tuple[PromptScores, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The HTTP API: schemas, routes, streams. Knows the engine's interface alone."""
