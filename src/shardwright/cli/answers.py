@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TextIO, assert_never
 
-from shardwright.cli.console import one_sentence, say
+from shardwright.cli.console import harmless, one_sentence, say
 from shardwright.cli.prompts import Prompt
 from shardwright.engine import FinishEvent, PromptScoresEvent, RequestEvent, TokenEvent
 from shardwright.errors import ClusterError, InvalidRequestError, UserError
@@ -18,8 +17,6 @@ from shardwright.types import FinishReason, SamplingParams, TokenId
 
 if TYPE_CHECKING:
     from shardwright.runtime.session import Session, StageRow
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +92,7 @@ async def answer_all(
         for index, answer in enumerate(answers):
             try:
                 events = await _submit(session, answer, wish, clock)
-            except UserError as exc:
+            except (UserError, ClusterError) as exc:
                 answer.fail(one_sentence(exc), exc.exit_code)
                 printer.finished(index)
                 continue
@@ -209,7 +206,7 @@ class TextPrinter:
 
     def _write(self, text: str) -> None:
         if self._out.isatty():
-            text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)  # a model may not steer the terminal
+            text = harmless(text)
         self._out.write(text)
         self._out.flush()
 

@@ -3,17 +3,22 @@
 Events come from clients, worker replies and timers; each goes into the core on the event loop and its effects are
 done at once or as tasks. The shell holds no decision of its own: what it knows beyond the core is only whom to
 answer and which stream is open.
+
+Clients get what one event brought them in one piece, in the loop's next turn: the steps that follow go out first, and
+a token costs no task and no queue of its own. What a client has not read waits in its mailbox, at most its
+`max_new_tokens`, its prompt's scores and one end; a slow reader holds up nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self, assert_never
 
 from shardwright.core.effects import (
@@ -46,7 +51,8 @@ from shardwright.core.events import (
 )
 from shardwright.core.master import MasterState
 from shardwright.engine import FinishEvent, PromptScoresEvent, RequestEvent, TokenEvent
-from shardwright.errors import ClusterError, ShardwrightError, StageLoadError
+from shardwright.errors import ClusterError, QueueFullError, ShardwrightError, StageLoadError
+from shardwright.runtime.mailbox import Mailbox, MailReader
 from shardwright.transport.base import WorkerClient
 from shardwright.types import (
     NO_RULES,
@@ -71,6 +77,20 @@ RELEASE_TIMEOUT_S = 2.0
 
 StageLoader = Callable[[StageAssignment, WorkerClient], Awaitable[LoadDone]]
 """Sends a worker its stage and weights; raises `StageLoadError` when it refuses, `ClusterError` when it is gone."""
+
+
+Sink = Callable[[Sequence[RequestEvent]], None]
+"""Takes the events that one moment brought a request, in order. Must not raise, and must not take long."""
+
+
+class _Client:
+    """Who asked for a sequence, and what it has not been told yet."""
+
+    __slots__ = ("events", "sink")
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.events: list[RequestEvent] = []
 
 
 class _StepLink:
@@ -107,15 +127,22 @@ class MasterEngine:
         self._load_stage = load_stage
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._now = clock
+        self._clock = clock
+        self._last_seen = clock()
+        self._held_up_s = 0.0
         self._seq_ids = itertools.count(1)
-        self._clients: dict[SeqId, asyncio.Queue[RequestEvent]] = {}
+        self._clients: dict[SeqId, _Client] = {}
+        self._to_tell: deque[_Client] = deque()  # clients with events that they were not told yet
+        self._is_telling = False
+        self._refusal: Finish | None = None  # of the request that is being submitted
+        self._failure: str | None = None  # why there is no pipeline any more
         self._link: _StepLink | None = None
         self._loaded: dict[WorkerId, LoadDone] = {}
         self._assigned: dict[WorkerId, Epoch] = {}
         self._ready: asyncio.Future[tuple[StageAssignment, ...]] | None = None
         self._load_error: ShardwrightError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0  # on the core's clock
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
         self._closed = False
@@ -129,6 +156,7 @@ class MasterEngine:
         Raises the error that stopped it: `StageLoadError`, `WorkerLostError` or `ClusterError` with the core's reason.
         """
         self._ready = asyncio.get_running_loop().create_future()
+        self._failure = None
         for capacity in capacities:
             self._handle(WorkerJoined(capacity=capacity))
             self._spawn(self._watch(capacity.worker_id), f"heartbeat of {capacity.worker_id}")
@@ -150,6 +178,7 @@ class MasterEngine:
             self._timer.cancel()
         for seq_id in tuple(self._clients):
             self._finish(FinishEvent(seq_id=seq_id, reason=FinishReason.ABORT, message="the master is closing"))
+        self._tell_clients()
         link, self._link = self._link, None
         if link is not None:
             await self._close_link(link)
@@ -170,14 +199,48 @@ class MasterEngine:
         num_prompt_logprobs: int | None = None,
         timeout_s: float | None = None,
     ) -> tuple[SeqId, AsyncIterator[RequestEvent]]:
-        """Queue a prompt; its events come from the iterator, which ends after the `FinishEvent`."""
+        """Queue a prompt; its events come from the iterator, which ends after the `FinishEvent`.
+
+        Closing the iterator (`aclose`), cancelling the task that waits for it, or dropping it aborts the request.
+        Raises `QueueFullError` when too many requests wait, `ClusterError` when there is no pipeline.
+        """
+        mailbox: Mailbox[RequestEvent] = Mailbox()
+
+        def tell(events: Sequence[RequestEvent]) -> None:
+            for event in events:
+                mailbox.put(event)
+                if isinstance(event, FinishEvent):
+                    mailbox.close()
+
+        seq_id = self.start(
+            prompt, sampling, stop, tell, rules=rules, num_prompt_logprobs=num_prompt_logprobs, timeout_s=timeout_s
+        )
+        return seq_id, MailReader(mailbox, functools.partial(self.cancel, seq_id))
+
+    def start(
+        self,
+        prompt: tuple[TokenId, ...],
+        sampling: SamplingParams,
+        stop: StopConditions,
+        sink: Sink,
+        *,
+        rules: TokenRules = NO_RULES,
+        num_prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
+    ) -> SeqId:
+        """Queue a prompt whose events go to `sink`, from the loop's next turn on; the last is a `FinishEvent`.
+
+        Raises as `submit` does.
+        """
         if self._closed:
             raise ClusterError("the master is closed")
         if self._crash is not None:
             raise ClusterError(f"the master failed: {self._crash}") from self._crash
+        if self._failure is not None:
+            raise ClusterError(self._failure)
+        assert not self._events_due, "requests come from clients, not out of the core"
         seq_id = next(self._seq_ids)
-        events: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._clients[seq_id] = events
+        self._clients[seq_id] = _Client(sink)
         self._handle(
             Submit(
                 seq_id=seq_id,
@@ -189,16 +252,27 @@ class MasterEngine:
                 timeout_s=timeout_s,
             )
         )
-        return seq_id, self._events(seq_id, events)
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise QueueFullError(refusal.message, retry_after_s=refusal.retry_after_s)
+        return seq_id
 
     async def abort(self, seq_id: SeqId) -> None:
         """Stop a request; unknown and finished ones are ignored."""
-        if not self._closed:
+        self.cancel(seq_id)
+
+    def cancel(self, seq_id: SeqId) -> None:
+        """Stop a request, at once; unknown and finished ones are ignored."""
+        if seq_id in self._clients:
             self._handle(Abort(seq_id=seq_id))
 
     def snapshot(self) -> ClusterSnapshot:
         """The cluster's state at this moment."""
         return self._state.snapshot()
+
+    def is_ready(self) -> bool:
+        """Whether a real token went through the real pipeline lately."""
+        return not self._closed and self._crash is None and self._state.snapshot().ready
 
     @property
     def loaded(self) -> Mapping[WorkerId, LoadDone]:
@@ -208,17 +282,6 @@ class MasterEngine:
     async def refresh(self) -> None:
         """Ask every worker for a heartbeat now, so that the next snapshot is fresh."""
         await asyncio.gather(*(self._beat(worker_id) for worker_id in self._workers))
-
-    async def _events(self, seq_id: SeqId, events: asyncio.Queue[RequestEvent]) -> AsyncIterator[RequestEvent]:
-        finished = False
-        try:
-            while not finished:
-                event = await events.get()
-                finished = isinstance(event, FinishEvent)
-                yield event
-        finally:
-            if not finished:  # the reader gave up: so does the request
-                await self.abort(seq_id)
 
     # --- core --------------------------------------------------------------------------------------
 
@@ -232,28 +295,45 @@ class MasterEngine:
             for effect in self._state.handle(self._events_due[0], self._now()):
                 self._apply(effect)
             self._events_due.popleft()
+        self._tell_soon()
         self._set_timer()
 
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self._state.next_deadline()
-        if deadline is not None and not self._closed:
-            delay = max(0.0, deadline - self._now())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer, deadline)
+    def _now(self) -> float:
+        """The core's time: the clock's, less what this event loop was held up (a stopped process, a blocked thread).
 
-    def _on_timer(self, deadline: float) -> None:
-        """The core's deadline is here. If this process itself was held up, workers' answers may wait unread: first
-        give the event loop time to read them, or they would be called lost for the master's own slowness.
+        While it is held up, the workers' answers wait unread; if that time counted, they would be called lost for the
+        master's own slowness. The timer fires at least once a heartbeat interval, so a longer silence is no idleness.
         """
-        if self._now() - deadline > self._heartbeat_interval_s:
-            again = self._now() + 2 * self._heartbeat_interval_s
-            self._timer = asyncio.get_running_loop().call_at(
-                asyncio.get_running_loop().time() + 2 * self._heartbeat_interval_s, self._on_timer, again
-            )
+        clock = self._clock()
+        silence = clock - self._last_seen
+        self._last_seen = clock
+        if silence > 2 * self._heartbeat_interval_s:
+            self._held_up_s += silence - self._heartbeat_interval_s
+        return clock - self._held_up_s
+
+    def _set_timer(self) -> None:
+        """Have the core's deadline kept. A timer that fires before it stays: deadlines move away with every answer."""
+        if self._closed:
             return
-        self._handle(Tick())
+        now = self._now()
+        deadline = self._state.next_deadline()
+        due = now + self._heartbeat_interval_s
+        if deadline is not None:
+            due = min(due, max(now, deadline))
+        if self._timer is not None:
+            if self._timer_due <= due:
+                return
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = asyncio.get_running_loop().call_later(due - now, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        deadline = self._state.next_deadline()
+        if deadline is not None and deadline <= self._now():
+            self._handle(Tick())
+        else:
+            self._set_timer()
 
     def _apply(self, effect: MasterEffect) -> None:
         match effect:
@@ -270,24 +350,31 @@ class MasterEngine:
                     self._spawn(self._close_link(link), f"close epoch {effect.epoch}")
             case PipelineReady():
                 log.info("pipeline of epoch %d is ready: %d stages", effect.epoch, len(effect.stages))
+                self._failure = None
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(effect.stages)
             case DeployFailed():
+                self._failure = effect.reason
                 self._fail(effect.reason)
             case SendStep():
                 assert self._link is not None, "steps are sent only on an open pipeline"
                 self._link.outgoing.put_nowait(effect.step)
             case EmitToken():
-                event = TokenEvent(
-                    seq_id=effect.seq_id,
-                    index=effect.index,
-                    token_id=effect.token_id,
-                    logprob=effect.logprob,
-                    top=effect.top,
+                self._tell(
+                    self._clients[effect.seq_id],
+                    TokenEvent(
+                        seq_id=effect.seq_id,
+                        index=effect.index,
+                        token_id=effect.token_id,
+                        logprob=effect.logprob,
+                        top=effect.top,
+                    ),
                 )
-                self._clients[effect.seq_id].put_nowait(event)
             case EmitPromptScores():
-                self._clients[effect.seq_id].put_nowait(PromptScoresEvent(seq_id=effect.seq_id, scores=effect.scores))
+                self._tell(self._clients[effect.seq_id], PromptScoresEvent(seq_id=effect.seq_id, scores=effect.scores))
+            case Finish(reason=FinishReason.REJECTED):
+                del self._clients[effect.seq_id]
+                self._refusal = effect
             case Finish():
                 self._finish(
                     FinishEvent(
@@ -301,9 +388,30 @@ class MasterEngine:
                 assert_never(effect)
 
     def _finish(self, event: FinishEvent) -> None:
-        queue = self._clients.pop(event.seq_id, None)
-        if queue is not None:
-            queue.put_nowait(event)
+        client = self._clients.pop(event.seq_id, None)
+        if client is not None:
+            self._tell(client, event)
+
+    def _tell(self, client: _Client, event: RequestEvent) -> None:
+        if not client.events:
+            self._to_tell.append(client)
+        client.events.append(event)
+
+    def _tell_soon(self) -> None:
+        """In the loop's next turn, behind the link's task: the next steps go out before anybody looks at tokens."""
+        if self._to_tell and not self._is_telling:
+            self._is_telling = True
+            asyncio.get_running_loop().call_soon(self._tell_clients)
+
+    def _tell_clients(self) -> None:
+        self._is_telling = False
+        try:
+            while self._to_tell:
+                client = self._to_tell.popleft()
+                events, client.events = client.events, []
+                client.sink(events)
+        finally:
+            self._tell_soon()  # only after a sink raised: a bug of its own, which the loop reports; the others go on
 
     def _fail(self, reason: str) -> None:
         log.error("the pipeline failed: %s", reason)
@@ -327,6 +435,7 @@ class MasterEngine:
         self._fail(reason)
         for seq_id in tuple(self._clients):
             self._finish(FinishEvent(seq_id=seq_id, reason=FinishReason.ERROR, message=reason))
+        self._tell_soon()
 
     # --- workers -----------------------------------------------------------------------------------
 
@@ -402,7 +511,11 @@ class MasterEngine:
     async def _run_tokens(self, link: _StepLink) -> None:
         try:
             async for result in self._workers[link.last].tokens(link.epoch):
-                self._handle(TokensSampled(epoch=result.epoch, step=result.step, tokens=result.tokens))
+                self._handle(
+                    TokensSampled(
+                        epoch=result.epoch, step=result.step, tokens=result.tokens, prompt_scores=result.prompt_scores
+                    )
+                )
             reason = "it closed the token stream"
         except ShardwrightError as exc:
             reason = str(exc)
