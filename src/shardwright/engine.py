@@ -130,8 +130,8 @@ class TextCodec(Protocol):
         """
         ...
 
-    def decode(self, tokens: Sequence[TokenId]) -> str:
-        """Text of token ids, without special tokens."""
+    def decode(self, tokens: Sequence[TokenId], *, keep_special: bool = False) -> str:
+        """Text of token ids; of special tokens their names with `keep_special`, else nothing."""
         ...
 
     def token_bytes(self, token_id: TokenId) -> bytes:

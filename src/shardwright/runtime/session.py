@@ -262,7 +262,9 @@ class Session:
             raise InvalidRequestError("the prompt is empty; write something to continue or to answer")
         if chat is None:
             chat = self._tokenizer.has_chat_template
-        return self._tokenizer.encode_chat(prompt) if chat else self._tokenizer.encode(prompt)
+        if chat:
+            return self._tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self._tokenizer.encode(prompt)
 
     def stop_conditions(self, *, max_new_tokens: int, ignore_eos: bool) -> StopConditions:
         """When a sequence of this model ends."""

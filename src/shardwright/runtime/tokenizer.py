@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shardwright.errors import InvalidRequestError, ModelError
+from shardwright.runtime.chat_template import ChatTemplate
+from shardwright.runtime.token_stream import Joining, TokenStream
 from shardwright.types import TokenId
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for half a character
 
 
 class Tokenizer:
-    """A model's own tokenizer, as `transformers` loads it."""
+    """A model's own tokenizer. Gives what `transformers` would; an `engine.TextCodec`."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self._backend = inner.backend_tokenizer
+        self._template = ChatTemplate(inner.chat_template, inner.special_tokens_map)
 
     @classmethod
     def load(cls, *, folder: Path | None, gguf: Path | None) -> Tokenizer:
@@ -38,7 +43,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the model was made for chat, as far as its files tell."""
-        return bool(getattr(self._inner, "chat_template", None))
+        return bool(self._template)
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the template that a conversation with tools goes through; empty for a model without."""
+        return self._template.source(with_tools=True)
 
     @property
     def end_ids(self) -> frozenset[TokenId]:
@@ -46,62 +56,80 @@ class Tokenizer:
         end = self._inner.eos_token_id
         return frozenset() if end is None else frozenset([int(end)])
 
-    def encode(self, text: str) -> tuple[TokenId, ...]:
+    @cached_property
+    def special_ids(self) -> frozenset[TokenId]:
+        """Tokens that mark something and are no text; `decode` leaves them out."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token."""
+        return 1 + max(self._backend.get_vocab().values(), default=-1)
+
+    def encode(self, text: str, *, add_special: bool = True) -> tuple[TokenId, ...]:
         """Token ids of plain text, with the special tokens that the model expects at its start."""
-        return tuple(int(token) for token in self._inner(text)["input_ids"])
+        return tuple(self._inner(text, add_special_tokens=add_special)["input_ids"])
 
-    def encode_chat(self, message: str) -> tuple[TokenId, ...]:
-        """Token ids of one user message through the chat template, ready for the answer.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
+    ) -> tuple[TokenId, ...]:
+        """Token ids of a conversation through the chat template, ready for the answer.
 
-        Raises `InvalidRequestError` for a model without a template, or where the template refuses the message.
+        `messages` and `tools` are in OpenAI's form; `options` are further variables of the template. With
+        `continue_last` the last message is an answer to be gone on with. Raises `InvalidRequestError` for a model
+        without a template, and where the template refuses the messages.
         """
-        if not self.has_chat_template:
-            raise InvalidRequestError("this model has no chat template; use --raw")
-        try:
-            text = self._inner.apply_chat_template(
-                [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as exc:  # templates raise errors of their own kinds
-            raise InvalidRequestError(f"the model's chat template refused the message: {exc}") from exc
-        # The template writes the special tokens itself.
-        return tuple(int(token) for token in self._inner(text, add_special_tokens=False)["input_ids"])
+        text = self._template.render(messages, tools=tools, options=options, continue_last=continue_last)
+        return self.encode(text, add_special=False)  # the template writes the special tokens itself
 
-    def decode(self, tokens: tuple[TokenId, ...] | list[TokenId]) -> str:
-        """Text of token ids, without special tokens."""
-        return str(self._inner.decode(list(tokens), skip_special_tokens=True))
+    def decode(self, tokens: Sequence[TokenId], *, keep_special: bool = False) -> str:
+        """Text of token ids; of special tokens their names with `keep_special`, else nothing."""
+        return str(self._inner.decode(list(tokens), skip_special_tokens=not keep_special))
 
-    def stream(self) -> TokenStream:
+    def stream(self, *, keep_special: bool = False) -> TokenStream:
         """A decoder for one answer that comes token by token."""
-        return TokenStream(self)
+        return TokenStream(self, skipped=frozenset() if keep_special else self.special_ids)
 
+    def token_bytes(self, token_id: TokenId) -> bytes:
+        """The bytes that a token stands for inside a text; of a special token its name.
 
-class TokenStream:
-    """Turns tokens into text piece by piece, never half a character.
+        Raises `InvalidRequestError` for an id that is no token.
+        """
+        text = self.token_text(token_id)
+        if text is None:
+            raise InvalidRequestError(f"token id {token_id} is not in the tokenizer's vocabulary")
+        return text.encode() if token_id in self.special_ids else self.raw_bytes(token_id)
 
-    A token's text can depend on what stands before it (spaces, byte pieces of one character), so each new piece is
-    the difference between decoding a short window with and without the new tokens; the window starts where the text
-    was last whole.
-    """
+    def token_bytes_table(self) -> list[bytes]:
+        """`token_bytes` of every id below `vocab_size`; empty for ids that are no token."""
+        return [
+            b"" if self.token_text(token_id) is None else self.token_bytes(token_id)
+            for token_id in range(self.vocab_size)
+        ]
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[TokenId] = []
-        self._start = 0  # the window's first token
-        self._read = 0  # tokens whose text has been given out
+    @property
+    def joining(self) -> Joining:
+        """How tokens become one text."""
+        return Joining.TEXT
 
-    def push(self, token: TokenId) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
-        self._tokens.append(token)
-        before = self._tokenizer.decode(self._tokens[self._start : self._read])
-        after = self._tokenizer.decode(self._tokens[self._start :])
-        if after.endswith(REPLACEMENT) or len(after) <= len(before):
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return after[len(before) :]
+    def token_text(self, token: TokenId) -> str | None:
+        """The token as the vocabulary has it; None for an id that stands for no token."""
+        text = self._backend.id_to_token(token)
+        return None if text is None else str(text)
 
-    def flush(self) -> str:
-        """What is left when no more tokens come; an incomplete character is shown as the replacement character."""
-        before = self._tokenizer.decode(self._tokens[self._start : self._read])
-        after = self._tokenizer.decode(self._tokens[self._start :])
-        self._start, self._read = self._read, len(self._tokens)
-        return after[len(before) :]
+    def raw_bytes(self, token: TokenId) -> bytes:
+        """The bytes of a token that is not special."""
+        text = self.token_text(token) or ""
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+            return bytes.fromhex(text[3:5])
+        return self.raw_decode([token]).encode()
+
+    def raw_decode(self, tokens: Sequence[TokenId]) -> str:
+        """Text of tokens, special ones too, without cleaning."""
+        return str(self._backend.decode(list(tokens), skip_special_tokens=False))
