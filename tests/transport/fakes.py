@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from shardwright.errors import LinkLostError, ShardwrightError
 from shardwright.types import (
@@ -206,7 +207,7 @@ class FakeWorker:
         await self._answer_or_raise()
         try:
             while (result := await self.results.get()) is not None:
-                yield StepResult(epoch=epoch, step=result.step, tokens=result.tokens)
+                yield replace(result, epoch=epoch)
         finally:
             self.token_streams_closed += 1
 

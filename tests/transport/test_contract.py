@@ -19,7 +19,7 @@ from shardwright.errors import (
     StaleEpochError,
     WorkerUnreachableError,
 )
-from shardwright.types import TokenOut
+from shardwright.types import PromptScores, TokenOut, TokenScore
 from shardwright.wire.messages import (
     LayerResult,
     LoadBegin,
@@ -332,6 +332,19 @@ async def test_results_stream_until_the_epoch_ends(net):
         net.worker.results.put_nowait(result)
     assert [result async for result in net.client.tokens(4)] == results
     assert net.worker.token_streams_closed == 1
+
+
+async def test_a_result_larger_than_grpcs_default_message_arrives_in_its_turn(net):
+    top = tuple((100_000 + number, -0.5 * number) for number in range(20))
+    scores = PromptScores(seq_id=1, first_position=1, scores=(TokenScore(token_id=7, logprob=-2.5, top=top),) * 20_000)
+    results = [
+        StepResult(epoch=4, step=1, tokens=()),
+        StepResult(epoch=4, step=2, tokens=(), prompt_scores=(scores,)),
+        StepResult(epoch=4, step=3, tokens=(TokenOut(seq_id=1, token_id=5, logprob=-1.5, top=top),)),
+    ]
+    for result in [*results, None]:
+        net.worker.results.put_nowait(result)
+    assert [result async for result in net.client.tokens(4)] == results
 
 
 async def test_leaving_the_token_stream_closes_it_at_the_worker(net, eventually):

@@ -61,8 +61,8 @@ async def test_a_caller_of_another_version_is_refused_with_both_versions(grpc_ne
 
 
 async def test_a_worker_of_another_version_is_named_with_both_versions(monkeypatch, grpc_net):
-    monkeypatch.setattr("shardwright.transport.grpc_client.PROTOCOL_METADATA", (("shardwright-protocol", "2"),))
-    expected = f"protocol version 2, this worker version {PROTOCOL_VERSION}"
+    monkeypatch.setattr("shardwright.transport.grpc_client.PROTOCOL_METADATA", (("shardwright-protocol", "99"),))
+    expected = f"protocol version 99, this worker version {PROTOCOL_VERSION}"
     with pytest.raises(VersionMismatchError, match=expected):
         await grpc_net.client.describe(timeout_s=T)
     with pytest.raises(VersionMismatchError, match=expected):

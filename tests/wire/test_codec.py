@@ -10,10 +10,17 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ProtocolError
 from shardwright.types import (
+    MAX_GRAMMAR_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_TOP_LOGPROBS,
     FileHint,
+    Grammar,
+    GrammarKind,
     HeartbeatReport,
     LayerRange,
+    PromptScores,
     SamplingParams,
+    SequenceSetup,
     SequenceSlice,
     StageAssignment,
     StageLoad,
@@ -21,11 +28,18 @@ from shardwright.types import (
     StepTiming,
     TensorSpec,
     TokenOut,
+    TokenRules,
+    TokenScore,
     WorkerDescription,
 )
 from shardwright.wire import inference_pb2 as pb
-from shardwright.wire import load_codec, report_codec, step_codec
-from shardwright.wire.limits import MAX_MESSAGE_BYTES, MAX_REASON_CHARS, MAX_WEIGHT_CHUNK_BYTES, WireLimits
+from shardwright.wire import load_codec, report_codec, result_codec, step_codec
+from shardwright.wire.limits import (
+    MAX_MESSAGE_BYTES,
+    MAX_REASON_CHARS,
+    MAX_WEIGHT_CHUNK_BYTES,
+    WireLimits,
+)
 from shardwright.wire.load_codec import LOAD_END, LoadDecoder, load_parts
 from shardwright.wire.messages import (
     LayerResult,
@@ -42,6 +56,7 @@ from shardwright.wire.messages import (
     WeightRequest,
     WeightsNeeded,
 )
+from shardwright.wire.result_codec import ResultDecoder, result_parts
 from shardwright.wire.step_codec import STEP_END, StepDecoder, step_parts
 
 LIMITS = WireLimits(max_frame_bytes=1 << 20)
@@ -59,7 +74,31 @@ sampling = st.builds(
     top_k=st.integers(0, 2**32 - 1),
     top_p=st.floats(0, 1, exclude_min=True),
     seed=u64,
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 100, exclude_min=True),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    num_top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
 )
+rules = st.builds(
+    TokenRules,
+    logit_bias=st.lists(st.tuples(u31, st.floats(-100, 100)), max_size=4).map(tuple),
+    grammar=st.none() | st.builds(Grammar, kind=st.sampled_from(GrammarKind), source=maybe_text),
+    min_new_tokens=u31,
+)
+
+
+@st.composite
+def setups(draw):
+    known = tuple(draw(st.lists(u31, max_size=6)))
+    return SequenceSetup(
+        num_prompt_tokens=draw(st.integers(0, len(known))),
+        tokens=known,
+        rules=draw(rules),
+        stop_token_ids=draw(st.frozensets(u31, max_size=3)),
+    )
+
+
 slices = st.lists(
     st.builds(
         SequenceSlice,
@@ -68,14 +107,36 @@ slices = st.lists(
         token_ids=st.lists(u31, min_size=1, max_size=5).map(tuple),
         block_table=st.lists(u31, max_size=5).map(tuple),
         sampling=st.none() | sampling,
+        setup=st.none() | setups(),
+        num_prompt_logprobs=st.none() | st.integers(0, MAX_TOP_LOGPROBS),
+        next_token_id=st.none() | u31,
     ),
     min_size=1,
     max_size=4,
     unique_by=lambda part: part.seq_id,
 )
-steps = st.builds(StepInput, epoch=u64, step=u64, slices=slices.map(tuple))
+steps = st.builds(
+    StepInput,
+    epoch=u64,
+    step=u64,
+    slices=slices.map(tuple),
+    steps_in_flight=st.integers(1, 1024),
+    dropped=st.lists(u64, max_size=3).map(tuple),
+)
+logprob = st.floats(-1e6, 0) | st.just(-math.inf)
+top = st.lists(st.tuples(u31, logprob), max_size=MAX_TOP_LOGPROBS).map(tuple)
 tokens = st.lists(
-    st.builds(TokenOut, seq_id=u64, token_id=u31, logprob=st.floats(-1e6, 0)), max_size=4, unique_by=lambda t: t.seq_id
+    st.builds(TokenOut, seq_id=u64, token_id=u31, logprob=logprob, top=top), max_size=4, unique_by=lambda t: t.seq_id
+).map(tuple)
+prompt_scores = st.lists(
+    st.builds(
+        PromptScores,
+        seq_id=u64,
+        first_position=st.integers(1, 2**31 - 4),
+        scores=st.lists(st.builds(TokenScore, token_id=u31, logprob=logprob, top=top), max_size=3).map(tuple),
+    ),
+    max_size=3,
+    unique_by=lambda run: run.seq_id,
 ).map(tuple)
 
 
@@ -89,8 +150,8 @@ def frames(draw):
 
 tensor_lists = st.lists(frames(), max_size=3, unique_by=lambda frame: frame.name).map(tuple)
 step_messages = st.builds(StepMessage, step=steps, tensors=tensor_lists)
-layer_results = st.builds(LayerResult, tensors=tensor_lists, tokens=tokens)
-step_results = st.builds(StepResult, epoch=u64, step=u64, tokens=tokens)
+layer_results = st.builds(LayerResult, tensors=tensor_lists, tokens=tokens, prompt_scores=prompt_scores)
+step_results = st.builds(StepResult, epoch=u64, step=u64, tokens=tokens, prompt_scores=prompt_scores)
 step_replies = st.builds(StepAck, epoch=u64, step=u64) | st.builds(
     StepTrouble, epoch=u64, step=u64, worker_id=short, reason=maybe_text, link_lost=st.booleans()
 )
@@ -212,6 +273,11 @@ def encode_step_part(message):
     return part
 
 
+def encode_result(result):
+    (part,) = result_parts(result)
+    return part
+
+
 LOAD = StageLoad(
     assignment=StageAssignment(
         epoch=1,
@@ -239,10 +305,10 @@ CODECS = {
     "step part": (step_messages, encode_step_part, lambda raw: StepDecoder(LIMITS).feed(raw)),
     "layer result": (
         layer_results,
-        lambda result: step_codec.encode_layer_result(result, LIMITS),
-        lambda raw: step_codec.decode_layer_result(raw, LIMITS),
+        lambda result: result_codec.encode_layer_result(result, LIMITS),
+        lambda raw: result_codec.decode_layer_result(raw, LIMITS),
     ),
-    "step result": (step_results, step_codec.encode_step_result, step_codec.decode_step_result),
+    "step result": (step_results, encode_result, lambda raw: ResultDecoder().feed(raw)),
     "step reply": (step_replies, step_codec.encode_step_reply, step_codec.decode_step_reply),
     "load begin": (st.builds(LoadBegin, load=loads), encode_load, lambda raw: LoadDecoder().feed(raw)),
     "weight chunk": (chunks, encode_load, decode_chunk),
@@ -308,6 +374,18 @@ def raw_slice(**fields):
     return pb.StepMessage(step=pb.StepInput(epoch=1, step=9, slices=[pb.SequenceSlice(**fields)])).SerializeToString()
 
 
+def raw_sampling(**fields):
+    return raw_slice(sampling=pb.SamplingParams(top_p=1, **fields))
+
+
+def raw_setup(**fields):
+    return raw_slice(setup=pb.SequenceSetup(**fields))
+
+
+def raw_rules(**fields):
+    return raw_setup(rules=pb.TokenRules(**fields))
+
+
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
@@ -320,6 +398,42 @@ def raw_slice(**fields):
         (raw_slice(sampling=pb.SamplingParams(temperature=math.nan, top_p=1)), "temperature is nan"),
         (raw_slice(sampling=pb.SamplingParams(top_p=0)), "top_p is 0"),
         (raw_slice(sampling=pb.SamplingParams(top_p=1.5)), r"top_p is 1\.5"),
+        (raw_sampling(), "repetition_penalty is 0"),
+        (raw_sampling(repetition_penalty=math.nan), "repetition_penalty is nan"),
+        (raw_sampling(min_p=1.5), r"min_p is 1\.5"),
+        (raw_sampling(repetition_penalty=1, presence_penalty=-3), "presence_penalty is -3"),
+        (raw_sampling(repetition_penalty=1, frequency_penalty=math.inf), "frequency_penalty is inf"),
+        (raw_sampling(repetition_penalty=1, num_top_logprobs=21), "21 top logprobs were asked for"),
+        (raw_slice(num_prompt_logprobs=21), "num_prompt_logprobs: 21, and 20 is the most"),
+        (raw_slice(next_token_id=2**31), "sequence 1: next token id: 2147483648"),
+        (raw_setup(tokens=[2**31]), "sequence 1, setup: token id: 2147483648"),
+        (raw_setup(tokens=[1, 2], num_prompt_tokens=3), "setup: prompt tokens: 3, and 2 is the most"),
+        (raw_setup(stop_token_ids=[2**31]), "setup: stop token id: 2147483648"),
+        (raw_setup(tokens=[1] * ((1 << 23) + 1)), f"setup tokens of step 9: {(1 << 23) + 1}, and {1 << 23} is the"),
+        (raw_setup(stop_token_ids=[1] * ((1 << 20) + 1)), f"stop tokens: {(1 << 20) + 1}, and {1 << 20} is the most"),
+        (raw_rules(bias_token_ids=[1, 2], biases=[0.5]), "biases: 2 token ids, but 1 values"),
+        (raw_rules(bias_token_ids=[2**31], biases=[1]), "token id of a bias: 2147483648"),
+        (raw_rules(bias_token_ids=[7], biases=[math.nan]), "setup: logit_bias of token 7 is nan"),
+        (raw_rules(bias_token_ids=[7], biases=[101]), "logit_bias of token 7 is 101"),
+        (
+            raw_rules(bias_token_ids=[1] * (MAX_LOGIT_BIAS + 1), biases=[0] * (MAX_LOGIT_BIAS + 1)),
+            f"biases: {MAX_LOGIT_BIAS + 1}, and {MAX_LOGIT_BIAS} is the most",
+        ),
+        (raw_rules(min_new_tokens=2**31 + 1), "min_new_tokens: 2147483649"),
+        (raw_rules(grammar=pb.Grammar(source="x")), "grammar kind number 0; 1 to 4 exist"),
+        (raw_rules(grammar=pb.Grammar(kind=9)), "grammar kind number 9"),
+        (
+            raw_rules(grammar=pb.Grammar(kind=pb.GRAMMAR_KIND_REGEX, source="x" * (MAX_GRAMMAR_CHARS + 1))),
+            f"grammar: {MAX_GRAMMAR_CHARS + 1} characters, and {MAX_GRAMMAR_CHARS} is the most",
+        ),
+        (
+            pb.StepMessage(
+                step=pb.StepInput(
+                    step=9, dropped=[1] * 65537, slices=[pb.SequenceSlice(token_ids=[1], block_table=[0])]
+                )
+            ).SerializeToString(),
+            "sequences that step 9 drops: 65537, and 65536 is the most",
+        ),
         (raw_slice(block_table=[0] * ((1 << 20) + 1)), f"blocks: {(1 << 20) + 1}, and {1 << 20} is the most"),
         (raw_slice(token_ids=[0] * ((1 << 20) + 1)), f"tokens of step 9: {(1 << 20) + 1}"),
         (
@@ -339,7 +453,7 @@ def raw_slice(**fields):
 )
 def test_a_step_out_of_range_is_refused_with_what_is_wrong(raw, complaint):
     with pytest.raises(ProtocolError, match=complaint):
-        step_codec.decode_step(raw, LIMITS)
+        step_codec.decode_step(raw, WireLimits())
 
 
 def test_a_message_over_its_limit_is_not_even_parsed():
@@ -349,21 +463,13 @@ def test_a_message_over_its_limit_is_not_even_parsed():
         step_codec.decode_step(bytes(LIMITS.max_unary_bytes + 1), LIMITS)
 
 
-def test_a_step_too_large_for_one_message_is_not_sent():
-    """A receiver would refuse it; the sender says so instead."""
-    table = (2**31 - 1,) * (1 << 20)
-    part = SequenceSlice(seq_id=1, start_position=0, token_ids=(1,), block_table=table, sampling=None)
-    with pytest.raises(ProtocolError, match="a message may hold"):
-        list(step_parts(StepMessage(step=StepInput(epoch=1, step=1, slices=(part,)))))
-
-
 def test_a_step_link_keeps_its_order():
     end_first = StepDecoder(LIMITS)
     assert end_first.feed(STEP_END) is None
     assert end_first.ended
     with pytest.raises(ProtocolError, match="goes on after its end"):
         end_first.feed(STEP_END)
-    with pytest.raises(ProtocolError, match="neither step, fragment nor end"):
+    with pytest.raises(ProtocolError, match="neither step, piece, fragment nor end"):
         StepDecoder(LIMITS).feed(b"")
     part = SequenceSlice(seq_id=1, start_position=0, token_ids=(1,), block_table=(), sampling=None)
     frame = TensorFrame(name="h", dtype="int32", shape=(1 << 18,), data=bytes(1 << 20))
@@ -540,7 +646,41 @@ def test_a_report_out_of_range_is_refused(message, complaint):
         report_codec.decode_report(message.SerializeToString())
 
 
-def test_a_result_that_names_a_sequence_twice_is_refused():
-    token = pb.TokenOut(seq_id=4, token_id=1)
-    with pytest.raises(ProtocolError, match="sequence 4 comes twice"):
-        step_codec.decode_step_result(pb.StepResult(tokens=[token, token]).SerializeToString())
+def raw_result(**fields):
+    return pb.ResultPart(result=pb.StepResult(**fields)).SerializeToString()
+
+
+def raw_token(**fields):
+    return raw_result(tokens=[pb.TokenOut(seq_id=4, **fields)])
+
+
+def raw_run(**fields):
+    return raw_result(prompt_scores=[pb.PromptScores(**({"seq_id": 4, "first_position": 1} | fields))])
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        (raw_result(tokens=[pb.TokenOut(seq_id=4)] * 2), "sequence 4 comes twice"),
+        (raw_token(token_id=2**31), "token id: 2147483648"),
+        (raw_token(top_token_ids=[1]), "likeliest tokens: 1 token ids, but 0 values"),
+        (raw_token(top_logprobs=[-1]), "likeliest tokens: 0 token ids, but 1 values"),
+        (raw_token(top_token_ids=[2**31], top_logprobs=[-1]), "likeliest token's id: 2147483648"),
+        (raw_token(top_token_ids=[1] * 21, top_logprobs=[-1] * 21), "likeliest tokens: 21, and 20 is the most"),
+        (raw_run(first_position=0), "prompt scores of sequence 4: they begin at position 0"),
+        (raw_run(first_position=2**31, scores=[pb.TokenScore()]), "last position"),
+        (raw_run(scores=[pb.TokenScore(token_id=2**31)]), "sequence 4: token id: 2147483648"),
+        (raw_run(scores=[pb.TokenScore(top_token_ids=[1])]), "1 token ids, but 0 values"),
+        (raw_result(prompt_scores=[pb.PromptScores(seq_id=4, first_position=1)] * 2), "sequence 4 comes twice"),
+        (
+            raw_result(prompt_scores=[pb.PromptScores(first_position=1)] * ((1 << 16) + 1)),
+            "prompts scored in one step's result: 65537, and 65536 is the most",
+        ),
+        (raw_run(scores=[pb.TokenScore()] * ((1 << 20) + 1)), "scores of one step's result: 1048577"),
+        (b"", "neither result nor piece"),
+        (pb.ResultPart(piece=pb.MessagePiece(is_last=True)).SerializeToString(), "a step's result: an empty piece"),
+    ],
+)
+def test_a_result_out_of_range_is_refused_with_what_is_wrong(raw, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        ResultDecoder().feed(raw)

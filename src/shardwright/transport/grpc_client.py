@@ -13,7 +13,7 @@ from shardwright.transport import carried_errors, grpc_options
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, method_path
 from shardwright.transport.streams import failure_of, send_all, stop
 from shardwright.types import Epoch, HeartbeatReport, WorkerDescription
-from shardwright.wire import load_codec, report_codec, step_codec
+from shardwright.wire import load_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
 from shardwright.wire.messages import LayerResult, LoadMessage, LoadReply, StepMessage, StepReply, StepResult
 
@@ -52,7 +52,7 @@ class GrpcClient:
     async def process_layer(self, message: StepMessage, *, timeout_s: float) -> LayerResult:
         """Have one step computed by hand."""
         raw = await self._ask("ProcessLayer", step_codec.encode_step(message, self._limits), timeout_s)
-        return step_codec.decode_layer_result(raw, self._limits)
+        return result_codec.decode_layer_result(raw, self._limits)
 
     def initialize_worker(self, outgoing: AsyncIterator[LoadMessage]) -> AsyncIterator[LoadReply]:
         """Give the worker a stage."""
@@ -73,8 +73,9 @@ class GrpcClient:
             report_codec.encode_tokens_request(epoch), metadata=PROTOCOL_METADATA
         )
         try:
-            async for result in self._replies(call, step_codec.decode_step_result):
-                yield result
+            async for result in self._replies(call, result_codec.ResultDecoder().feed):
+                if result is not None:
+                    yield result
         finally:
             call.cancel()
 

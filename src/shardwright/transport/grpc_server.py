@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
@@ -23,9 +23,9 @@ from shardwright.transport import carried_errors, grpc_options
 from shardwright.transport.address import join_address, split_address
 from shardwright.transport.base import WorkerService
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, SERVICE_NAME
-from shardwright.transport.streams import Incoming, closing
+from shardwright.transport.streams import Incoming, closing, whole
 from shardwright.types import PROTOCOL_VERSION
-from shardwright.wire import load_codec, report_codec, step_codec
+from shardwright.wire import load_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
 from shardwright.wire.messages import LoadMessage, StepMessage
 
@@ -75,22 +75,22 @@ class _Handlers:
 
     async def _process_layer(self, request: bytes) -> bytes:
         result = await self._service.process_layer(step_codec.decode_step(request, self._limits))
-        return step_codec.encode_layer_result(result, self._limits)
+        return result_codec.encode_layer_result(result, self._limits)
 
     async def _initialize_worker(self, _requests: object, context: Any) -> None:
         call = _ServerCall(context, self._tasks)
         incoming: Incoming[LoadMessage] = Incoming(call.read, load_codec.LoadDecoder())
-        await call.answer(lambda: self._service.initialize_worker(incoming), load_codec.encode_load_reply)
+        await call.answer(lambda: self._service.initialize_worker(incoming), whole(load_codec.encode_load_reply))
 
     async def _process_layers(self, _requests: object, context: Any) -> None:
         call = _ServerCall(context, self._tasks)
         incoming: Incoming[StepMessage] = Incoming(call.read, step_codec.StepDecoder(self._limits))
-        await call.answer(lambda: self._service.process_layers(incoming), step_codec.encode_step_reply)
+        await call.answer(lambda: self._service.process_layers(incoming), whole(step_codec.encode_step_reply))
 
     async def _tokens(self, request: bytes, context: Any) -> None:
         call = _ServerCall(context, self._tasks)
         await call.answer(
-            lambda: self._service.tokens(report_codec.decode_tokens_request(request)), step_codec.encode_step_result
+            lambda: self._service.tokens(report_codec.decode_tokens_request(request)), result_codec.result_parts
         )
 
     def _unary(self, method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
@@ -140,14 +140,17 @@ class _ServerCall:
             return None  # read after the call was over
         return None if raw is grpc.aio.EOF else bytes(raw)
 
-    async def answer(self, replies_of: Callable[[], AsyncIterator[Reply]], encode: Callable[[Reply], bytes]) -> None:
+    async def answer(
+        self, replies_of: Callable[[], AsyncIterator[Reply]], to_parts: Callable[[Reply], Iterable[bytes]]
+    ) -> None:
         """Run the service's side of a stream to its end, and close it whatever happens."""
         try:
             self.check_version()
             await self._context.send_initial_metadata(PROTOCOL_METADATA)  # tells the client that someone is here
             async with closing(replies_of()) as replies:
                 async for reply in replies:
-                    await self._context.write(encode(reply))
+                    for part in to_parts(reply):
+                        await self._context.write(part)
         except ShardwrightError as exc:
             if self._link_lost:
                 raise asyncio.CancelledError from exc  # nobody is there to be told

@@ -17,9 +17,9 @@ from shardwright.errors import AddressInUseError, LinkLostError, ShardwrightErro
 from shardwright.transport import carried_errors
 from shardwright.transport.address import join_address, split_address
 from shardwright.transport.base import Listener, WorkerClient, WorkerService
-from shardwright.transport.streams import Incoming, closing, failure_of, send_all, stop
+from shardwright.transport.streams import Incoming, closing, failure_of, send_all, stop, whole
 from shardwright.types import Epoch, HeartbeatReport, WorkerDescription
-from shardwright.wire import load_codec, report_codec, step_codec
+from shardwright.wire import load_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import DEFAULT_MAX_FRAME_BYTES, WireLimits
 from shardwright.wire.messages import LayerResult, LoadMessage, LoadReply, StepMessage, StepReply, StepResult
 
@@ -246,13 +246,13 @@ class MemoryListener:
         match method:
             case "InitializeWorker":
                 loading: Incoming[LoadMessage] = Incoming(_reader(call), load_codec.LoadDecoder())
-                await _answer(call, service.initialize_worker(loading), load_codec.encode_load_reply)
+                await _answer(call, service.initialize_worker(loading), whole(load_codec.encode_load_reply))
             case "ProcessLayers":
                 steps: Incoming[StepMessage] = Incoming(_reader(call), step_codec.StepDecoder(limits))
-                await _answer(call, service.process_layers(steps), step_codec.encode_step_reply)
+                await _answer(call, service.process_layers(steps), whole(step_codec.encode_step_reply))
             case "Tokens":
                 epoch = report_codec.decode_tokens_request(await _request(call))
-                await _answer(call, service.tokens(epoch), step_codec.encode_step_result)
+                await _answer(call, service.tokens(epoch), result_codec.result_parts)
             case "Describe":
                 await _request(call)
                 await call.down.put(report_codec.encode_description(await service.describe()))
@@ -264,7 +264,7 @@ class MemoryListener:
                 await call.down.put(report_codec.EMPTY)
             case "ProcessLayer":
                 result = await service.process_layer(step_codec.decode_step(await _request(call), limits))
-                await call.down.put(step_codec.encode_layer_result(result, limits))
+                await call.down.put(result_codec.encode_layer_result(result, limits))
             case _:
                 raise AssertionError(f"no method {method}")
 
@@ -292,10 +292,11 @@ def _reader(call: _Call) -> Callable[[], Awaitable[bytes | None]]:
     return read
 
 
-async def _answer(call: _Call, replies: AsyncIterator[Sent], encode: Callable[[Sent], bytes]) -> None:
+async def _answer(call: _Call, replies: AsyncIterator[Sent], to_parts: Callable[[Sent], Iterable[bytes]]) -> None:
     async with closing(replies):
         async for reply in replies:
-            await call.down.put(encode(reply))
+            for part in to_parts(reply):
+                await call.down.put(part)
 
 
 class MemoryClient:
@@ -328,7 +329,7 @@ class MemoryClient:
         """Have one step computed by hand."""
         request = step_codec.encode_step(message, self._network.limits)
         raw = await self._ask("ProcessLayer", request, timeout_s)
-        return step_codec.decode_layer_result(raw, self._network.limits)
+        return result_codec.decode_layer_result(raw, self._network.limits)
 
     def initialize_worker(self, outgoing: AsyncIterator[LoadMessage]) -> AsyncIterator[LoadReply]:
         """Give the worker a stage."""
@@ -347,8 +348,11 @@ class MemoryClient:
         call = self._open("Tokens")
         try:
             await call.up.put(report_codec.encode_tokens_request(epoch))
+            decoder = result_codec.ResultDecoder()
             while (raw := await call.receive()) is not None:
-                yield step_codec.decode_step_result(raw)
+                result = decoder.feed(raw)
+                if result is not None:
+                    yield result
         finally:
             self._end(call)
 

@@ -50,6 +50,11 @@ class Incoming(Generic[Received]):
         raise StopAsyncIteration
 
 
+def whole(encode: Callable[[Sent], bytes]) -> Callable[[Sent], tuple[bytes]]:
+    """For messages that always travel in one part."""
+    return lambda message: (encode(message),)
+
+
 async def send_all(
     outgoing: AsyncIterator[Sent],
     to_parts: Callable[[Sent], Iterable[bytes]],

@@ -64,6 +64,12 @@ def at_most(what: str, count: int, bound: int) -> int:
     return count
 
 
+def same_length(what: str, num_token_ids: int, num_values: int) -> None:
+    """Refuse lists that should have one value for each token id."""
+    if num_token_ids != num_values:
+        raise ProtocolError(f"{what}: {num_token_ids} token ids, but {num_values} values")
+
+
 def number(what: str, value: float) -> float:
     """A measured figure: finite and not negative."""
     if not (math.isfinite(value) and value >= 0.0):

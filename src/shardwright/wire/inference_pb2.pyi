@@ -16,6 +16,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_INT64: _ClassVar[DType]
     DTYPE_INT32: _ClassVar[DType]
 
+class GrammarKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRAMMAR_KIND_UNSPECIFIED: _ClassVar[GrammarKind]
+    GRAMMAR_KIND_JSON_OBJECT: _ClassVar[GrammarKind]
+    GRAMMAR_KIND_JSON_SCHEMA: _ClassVar[GrammarKind]
+    GRAMMAR_KIND_REGEX: _ClassVar[GrammarKind]
+    GRAMMAR_KIND_LARK: _ClassVar[GrammarKind]
+
 class LoadPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LOAD_PHASE_UNSPECIFIED: _ClassVar[LoadPhase]
@@ -28,6 +36,11 @@ DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
 DTYPE_INT64: DType
 DTYPE_INT32: DType
+GRAMMAR_KIND_UNSPECIFIED: GrammarKind
+GRAMMAR_KIND_JSON_OBJECT: GrammarKind
+GRAMMAR_KIND_JSON_SCHEMA: GrammarKind
+GRAMMAR_KIND_REGEX: GrammarKind
+GRAMMAR_KIND_LARK: GrammarKind
 LOAD_PHASE_UNSPECIFIED: LoadPhase
 LOAD_PHASE_RECEIVE: LoadPhase
 LOAD_PHASE_BUILD: LoadPhase
@@ -65,43 +78,101 @@ class StreamEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class MessagePiece(_message.Message):
+    __slots__ = ("data", "is_last")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    is_last: bool
+    def __init__(self, data: _Optional[bytes] = ..., is_last: _Optional[bool] = ...) -> None: ...
+
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "num_top_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     seed: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    num_top_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("kind", "source")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    kind: GrammarKind
+    source: str
+    def __init__(self, kind: _Optional[_Union[GrammarKind, str]] = ..., source: _Optional[str] = ...) -> None: ...
+
+class TokenRules(_message.Message):
+    __slots__ = ("bias_token_ids", "biases", "grammar", "min_new_tokens")
+    BIAS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    MIN_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    bias_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    grammar: Grammar
+    min_new_tokens: int
+    def __init__(self, bias_token_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., min_new_tokens: _Optional[int] = ...) -> None: ...
+
+class SequenceSetup(_message.Message):
+    __slots__ = ("num_prompt_tokens", "tokens", "rules", "stop_token_ids")
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    num_prompt_tokens: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    rules: TokenRules
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., rules: _Optional[_Union[TokenRules, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
-    __slots__ = ("seq_id", "start_position", "token_ids", "block_table", "sampling")
+    __slots__ = ("seq_id", "start_position", "token_ids", "block_table", "sampling", "setup", "num_prompt_logprobs", "next_token_id")
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     START_POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SETUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     seq_id: int
     start_position: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_table: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
-    def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_table: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    setup: SequenceSetup
+    num_prompt_logprobs: int
+    next_token_id: int
+    def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_table: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., setup: _Optional[_Union[SequenceSetup, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., next_token_id: _Optional[int] = ...) -> None: ...
 
 class StepInput(_message.Message):
-    __slots__ = ("epoch", "step", "slices", "steps_in_flight")
+    __slots__ = ("epoch", "step", "slices", "steps_in_flight", "dropped")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     slices: _containers.RepeatedCompositeFieldContainer[SequenceSlice]
     steps_in_flight: int
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
+    dropped: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., steps_in_flight: _Optional[int] = ..., dropped: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepMessage(_message.Message):
     __slots__ = ("step", "tensors")
@@ -112,14 +183,16 @@ class StepMessage(_message.Message):
     def __init__(self, step: _Optional[_Union[StepInput, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ...) -> None: ...
 
 class StepPart(_message.Message):
-    __slots__ = ("step", "fragment", "end")
+    __slots__ = ("step", "fragment", "end", "piece")
     STEP_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
     step: StepMessage
     fragment: TensorFragment
     end: StreamEnd
-    def __init__(self, step: _Optional[_Union[StepMessage, _Mapping]] = ..., fragment: _Optional[_Union[TensorFragment, _Mapping]] = ..., end: _Optional[_Union[StreamEnd, _Mapping]] = ...) -> None: ...
+    piece: MessagePiece
+    def __init__(self, step: _Optional[_Union[StepMessage, _Mapping]] = ..., fragment: _Optional[_Union[TensorFragment, _Mapping]] = ..., end: _Optional[_Union[StreamEnd, _Mapping]] = ..., piece: _Optional[_Union[MessagePiece, _Mapping]] = ...) -> None: ...
 
 class StepAck(_message.Message):
     __slots__ = ("epoch", "step")
@@ -152,14 +225,40 @@ class StepReply(_message.Message):
     def __init__(self, ack: _Optional[_Union[StepAck, _Mapping]] = ..., trouble: _Optional[_Union[StepTrouble, _Mapping]] = ...) -> None: ...
 
 class TokenOut(_message.Message):
-    __slots__ = ("seq_id", "token_id", "logprob")
+    __slots__ = ("seq_id", "token_id", "logprob", "top_token_ids", "top_logprobs")
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     seq_id: int
     token_id: int
     logprob: float
-    def __init__(self, seq_id: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, seq_id: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class TokenScore(_message.Message):
+    __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("seq_id", "first_position", "scores")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    first_position: int
+    scores: _containers.RepeatedCompositeFieldContainer[TokenScore]
+    def __init__(self, seq_id: _Optional[int] = ..., first_position: _Optional[int] = ..., scores: _Optional[_Iterable[_Union[TokenScore, _Mapping]]] = ...) -> None: ...
 
 class TokensRequest(_message.Message):
     __slots__ = ("epoch",)
@@ -168,22 +267,34 @@ class TokensRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "tokens")
+    __slots__ = ("epoch", "step", "tokens", "prompt_scores")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     tokens: _containers.RepeatedCompositeFieldContainer[TokenOut]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ...) -> None: ...
+    prompt_scores: _containers.RepeatedCompositeFieldContainer[PromptScores]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
+
+class ResultPart(_message.Message):
+    __slots__ = ("result", "piece")
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    result: StepResult
+    piece: MessagePiece
+    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., piece: _Optional[_Union[MessagePiece, _Mapping]] = ...) -> None: ...
 
 class LayerResult(_message.Message):
-    __slots__ = ("tensors", "tokens")
+    __slots__ = ("tensors", "tokens", "prompt_scores")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorFrame]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenOut]
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ...) -> None: ...
+    prompt_scores: _containers.RepeatedCompositeFieldContainer[PromptScores]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
 
 class StageAssignment(_message.Message):
     __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id", "num_sharing")

@@ -19,6 +19,14 @@ MAX_SLICES: Final = 1 << 16
 """Most sequences in one step."""
 MAX_STEP_TOKENS: Final = 1 << 20
 """Most new tokens in one step."""
+MAX_STEP_BYTES: Final = 64 * MIB
+"""Largest step without its tensors' data, and largest result of one; over `MAX_MESSAGE_BYTES` they travel in pieces."""
+MAX_SETUP_TOKENS: Final = 1 << 23
+"""Most tokens in all the setups of one step."""
+MAX_STOP_TOKENS: Final = 1 << 20
+"""Most stop tokens of one sequence."""
+MAX_DROPPED: Final = 1 << 16
+"""Most sequences that one step names as dropped."""
 MAX_BLOCK_TABLE: Final = 1 << 20
 """Most blocks of one sequence."""
 MAX_POSITION: Final = 1 << 31

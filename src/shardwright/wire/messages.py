@@ -64,10 +64,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerResult:
-    """The answer to the unary `ProcessLayer`: this stage's activation, or the tokens if it is the last stage."""
+    """The answer to the unary `ProcessLayer`: this stage's activation, or tokens and scores if it is the last stage."""
 
     tensors: tuple[TensorFrame, ...] = ()
     tokens: tuple[TokenOut, ...] = ()
+    prompt_scores: tuple[PromptScores, ...] = ()
 
 
 # --- InitializeWorker, master to worker --------------------------------------------------------------
