@@ -44,22 +44,22 @@ class DoublePool(BlockPool):
 class CollidingPool(BlockPool):
     """Names a block's content by its first token, as if a hash had collided."""
 
-    def _key(self, parent: int, tokens: Sequence[int]) -> PrefixKey:
+    def key(self, parent: int, tokens: Sequence[int]) -> PrefixKey:
         return parent, (tokens[0],)
 
 
 class OrphaningPool(BlockPool):
     """Finds a block's content without regard to what stands before it."""
 
-    def _key(self, parent: int, tokens: Sequence[int]) -> PrefixKey:
+    def key(self, parent: int, tokens: Sequence[int]) -> PrefixKey:
         return 0, tuple(tokens)
 
 
 class HastyPool(BlockPool):
     """Offers the very last prompt token for reuse, so that nothing is left to compute."""
 
-    def find_prefix(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        return super().find_prefix([*tokens, -1])
+    def find_prefix(self, tokens: Sequence[int], most_tokens: int | None = None) -> tuple[list[int], int]:
+        return super().find_prefix(tokens, len(tokens))
 
 
 class CredulousMaster(MasterState):

@@ -43,6 +43,11 @@ class BlockPool:
         return len(self._blank) + len(self._idle)
 
     @property
+    def num_cached(self) -> int:
+        """Free blocks whose content can be given again."""
+        return len(self._idle)
+
+    @property
     def num_draining(self) -> int:
         """Blocks that nobody refers to but that a step in flight uses."""
         return sum(1 for refs, pins in zip(self._references, self._pins, strict=True) if pins and not refs)
@@ -97,18 +102,20 @@ class BlockPool:
 
     # --- prefix reuse ------------------------------------------------------------------------------
 
-    def find_prefix(self, tokens: Sequence[TokenId]) -> tuple[list[BlockId], int]:
+    def find_prefix(self, tokens: Sequence[TokenId], most_tokens: int | None = None) -> tuple[list[BlockId], int]:
         """The longest run of blocks that hold the beginning of `tokens`, and its node. Takes no reference.
 
-        The last token is never among them: it has to be computed, or there would be no logits to go on from.
+        Together they hold at most `most_tokens`, because what comes after has to be computed in any case; that is at
+        least the last token, or there would be no logits to go on from.
         """
         blocks: list[BlockId] = []
         node = ROOT_NODE
         if not self.prefix_cache:
             return blocks, node
         size = self.block_size
-        for end in range(size, len(tokens), size):
-            found = self._nodes.get(self._key(node, tokens[end - size : end]))
+        most = len(tokens) - 1 if most_tokens is None else most_tokens
+        for end in range(size, most + 1, size):
+            found = self._nodes.get(self.key(node, tokens[end - size : end]))
             if found is None:
                 break
             node, block = found
@@ -134,7 +141,7 @@ class BlockPool:
         if not self.prefix_cache:
             return ROOT_NODE
         assert self._references[block] > 0, f"block {block} is not held"
-        key = self._key(parent, tokens)
+        key = self.key(parent, tokens)
         known = self._nodes.get(key)
         if known is not None:
             return known[0]
@@ -143,7 +150,8 @@ class BlockPool:
         self._keys[block] = key
         return self._last_node
 
-    def _key(self, parent: int, tokens: Sequence[TokenId]) -> PrefixKey:
+    def key(self, parent: int, tokens: Sequence[TokenId]) -> PrefixKey:
+        """The name of a full block's content, after what `parent` names."""
         return parent, tuple(tokens)
 
     def _forget(self, block: BlockId) -> None:

@@ -1,8 +1,8 @@
 """The master's whole state: events and time in, effects out. Composes cluster, placement, scheduler and step times.
 
 Order of the effects that one event gives: what ends (ClosePipeline, ReleaseStage, DeployFailed), then what begins
-(AssignStage, OpenPipeline, PipelineReady), then EmitToken and Finish (a request's tokens before its end), then
-SendStep with rising numbers. A shell that carries them out in order does nothing that is out of date.
+(AssignStage, OpenPipeline, PipelineReady), then EmitPromptScores, EmitToken and Finish (a request's scores and tokens
+before its end), then SendStep with rising numbers. A shell that carries them out in order does nothing out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from shardwright.core.effects import (
     AssignStage,
     ClosePipeline,
     DeployFailed,
+    EmitPromptScores,
     EmitToken,
     Finish,
     MasterEffect,
@@ -40,17 +41,20 @@ from shardwright.core.events import (
     WorkerJoined,
     WorkerLost,
 )
+from shardwright.core.liveness import Liveness
 from shardwright.core.placement import Placement, PlacementSettings, place
+from shardwright.core.request_times import Deadlines, Departures
 from shardwright.core.scheduler import Ended, Scheduler
 from shardwright.core.sequence import Sequence
 from shardwright.core.settings import CoreSettings
 from shardwright.core.step_times import StagePace, StepTimes, choose_steps_in_flight
 from shardwright.errors import PlacementError
 from shardwright.types import (
+    GREEDY,
+    BlockId,
     ClusterSnapshot,
     FinishReason,
     ModelCosts,
-    SamplingParams,
     SeqId,
     SequenceSlice,
     StageAssignment,
@@ -59,9 +63,6 @@ from shardwright.types import (
     WorkerId,
     WorkerSnapshot,
 )
-
-PROBE_STEP: StepId = 1
-"""The first step of each epoch is the master's own: one token through every stage, or "ready" would be a guess."""
 
 
 class PipelinePhase(enum.Enum):
@@ -81,15 +82,22 @@ class MasterState:
     def __init__(self, settings: CoreSettings, costs: ModelCosts) -> None:
         self._settings = settings
         self._costs = costs
+        # Probes that run beside requests have a block of their own, on top of what was asked for.
+        self._num_probe_blocks = 0 if settings.probe_interval_s is None else 1
+        probe_tokens = self._num_probe_blocks * settings.block_size
         self._placement_settings = PlacementSettings(
             block_size=settings.block_size,
-            max_kv_tokens=settings.max_kv_tokens,
-            min_kv_tokens=min(settings.min_kv_tokens, settings.max_kv_tokens),
+            max_kv_tokens=settings.max_kv_tokens + probe_tokens,
+            min_kv_tokens=min(settings.min_kv_tokens, settings.max_kv_tokens) + probe_tokens,
             workspace_bytes=settings.workspace_bytes,
         )
         self._cluster = Cluster(heartbeat_timeout_s=settings.heartbeat_timeout_s)
         self._scheduler = Scheduler(settings, max_context=costs.max_context)
         self._open: dict[SeqId, Sequence] = {}
+        self._deadlines = Deadlines(self._open)
+        self._departures = Departures()
+        self._liveness = Liveness(settings.probe_interval_s)
+        self._now = 0.0  # the time of the event that is being handled
         self._phase = PipelinePhase.NONE
         self._epoch = settings.first_epoch - 1
         self._stages: tuple[StageAssignment, ...] = ()
@@ -100,7 +108,6 @@ class MasterState:
         self._failure = ""  # why the phase is FAILED
         self._redeploys = 0  # recoveries since a step last finished
         self._finished: Counter[FinishReason] = Counter()
-        self._total_prompt_tokens = 0
         self._total_output_tokens = 0
         self.placement: Placement | None = None  # the last one made, for people to read
 
@@ -108,15 +115,16 @@ class MasterState:
 
     def handle(self, event: MasterEvent, now: float) -> list[MasterEffect]:
         """Take one event and say what to do, in order. `now` is in seconds on any clock that never goes back."""
+        self._now = now
         effects = self._on_event(event, now)
         effects += self._expire(now)
-        effects += self._send_steps()
+        effects += self._send_steps(now)
         return effects
 
     def _on_event(self, event: MasterEvent, now: float) -> list[MasterEffect]:
         match event:
             case Submit():
-                return self._on_submit(event)
+                return self._on_submit(event, now)
             case Abort():
                 return self._on_abort(event)
             case WorkerJoined():
@@ -129,7 +137,7 @@ class MasterState:
             case StageLoadFailed():
                 return self._on_load_failed(event)
             case PipelineOpened():
-                return self._on_opened(event)
+                return self._on_opened(event, now)
             case Heartbeat():
                 return self._on_heartbeat(event, now)
             case WorkerLost():
@@ -145,7 +153,12 @@ class MasterState:
 
     def next_deadline(self) -> float | None:
         """When `handle` must be called again, with a Tick if nothing else happens; None: no need to."""
-        deadlines = [self._cluster.next_deadline(), self._load_deadline]
+        deadlines = [
+            self._cluster.next_deadline(),
+            self._load_deadline,
+            self._deadlines.next(),
+            self._liveness.next_probe,
+        ]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _expire(self, now: float) -> list[MasterEffect]:
@@ -159,11 +172,16 @@ class MasterState:
             late = [w for w, worker in self._cluster.workers.items() if worker.status is WorkerStatus.LOADING]
             what = f"still loading: {', '.join(late)}" if late else "no token came through the pipeline"
             effects += self._fail(f"the model was not ready after {self._settings.load_timeout_s:g} s ({what})")
+        for seq_id in self._deadlines.take_expired(now):
+            sequence = self._open[seq_id]
+            message = f"the request's {sequence.timeout_s:g} s were over {_reached(sequence)}"
+            self._scheduler.end(sequence)
+            effects.append(self._finish(sequence, FinishReason.DEADLINE, message))
         return effects
 
     # --- requests ----------------------------------------------------------------------------------
 
-    def _on_submit(self, event: Submit) -> list[MasterEffect]:
+    def _on_submit(self, event: Submit, now: float) -> list[MasterEffect]:
         assert event.seq_id not in self._open, f"sequence {event.seq_id} was submitted twice"
         sequence = Sequence(
             seq_id=event.seq_id,
@@ -171,14 +189,18 @@ class MasterState:
             num_prompt_tokens=len(event.prompt),
             sampling=event.sampling,
             stop=event.stop,
+            rules=event.rules,
+            num_prompt_logprobs=event.num_prompt_logprobs,
+            timeout_s=event.timeout_s,
         )
-        self._total_prompt_tokens += len(event.prompt)
         if self._phase is PipelinePhase.FAILED:
             return [self._finish(sequence, FinishReason.ERROR, self._failure)]
         ended = self._scheduler.add(sequence)
         if ended is not None:
             return self._end([ended])
         self._open[sequence.seq_id] = sequence
+        if event.timeout_s is not None:
+            self._deadlines.add(sequence.seq_id, now + event.timeout_s)
         return []
 
     def _on_abort(self, event: Abort) -> list[MasterEffect]:
@@ -192,13 +214,15 @@ class MasterState:
         return [self._finish(verdict.sequence, verdict.reason, verdict.message) for verdict in ended]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> Finish:
-        self._open.pop(sequence.seq_id, None)
+        if self._open.pop(sequence.seq_id, None) is not None:
+            self._departures.note(self._now)
         self._finished[reason] += 1
         return Finish(
             seq_id=sequence.seq_id,
             reason=reason,
             message=message,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+            retry_after_s=self._departures.turn_away(self._now) if reason is FinishReason.REJECTED else 0.0,
         )
 
     # --- workers -----------------------------------------------------------------------------------
@@ -263,7 +287,7 @@ class MasterState:
         self._load_deadline = now + self._settings.load_timeout_s
         self._step_times = {worker_id: StepTimes() for worker_id in placed}
         self._steps_for.clear()
-        effects += self._end(self._scheduler.restart(placement.num_blocks))
+        effects += self._end(self._scheduler.restart(placement.num_blocks - self._num_probe_blocks))
         return effects
 
     def _close(self) -> list[MasterEffect]:
@@ -273,6 +297,7 @@ class MasterState:
         self._stages = ()
         self._load_deadline = None
         self._last_step = 0
+        self._liveness.begin()
         return [ClosePipeline(epoch=self._epoch)] if alive else []
 
     def _release(self, worker_ids: Iterable[WorkerId]) -> list[MasterEffect]:
@@ -322,39 +347,61 @@ class MasterState:
         self._cluster.release(event.worker_id)  # it holds no stage: nothing to release on its side
         return self._fail(f"worker {event.worker_id} could not load its stage: {event.reason}")
 
-    def _on_opened(self, event: PipelineOpened) -> list[MasterEffect]:
+    def _on_opened(self, event: PipelineOpened, now: float) -> list[MasterEffect]:
         if event.epoch != self._epoch or self._phase is not PipelinePhase.OPENING:
             return []
         self._phase = PipelinePhase.PROBING
-        self._last_step = PROBE_STEP
-        # Block 0 is nobody's yet, and its content is written anew before anybody reads it.
-        probe = SequenceSlice(seq_id=0, start_position=0, token_ids=(0,), block_table=(0,), sampling=SamplingParams())
-        step = StepInput(epoch=self._epoch, step=PROBE_STEP, slices=(probe,))
-        return [SendStep(worker_id=self._stages[0].worker_id, step=step)]
+        return [self._probe(now)]
 
     # --- steps -------------------------------------------------------------------------------------
 
+    def _probe(self, now: float) -> SendStep:
+        """One token of the master's own through every stage. Nothing else is on its way."""
+        self._last_step += 1
+        self._liveness.probe = self._last_step
+        probe = SequenceSlice(
+            seq_id=0, start_position=0, token_ids=(0,), block_table=(self._probe_block(),), sampling=GREEDY
+        )
+        dropped = self._scheduler.take_dropped()
+        return self._send(StepInput(epoch=self._epoch, step=self._last_step, slices=(probe,), dropped=dropped), now)
+
+    def _probe_block(self) -> BlockId:
+        """The last block, which the scheduler's pool does not know.
+
+        Without probes beside requests that is block 0: nobody's yet when a pipeline's first step is sent, and written
+        anew before anybody reads it.
+        """
+        return self._scheduler.pool.num_blocks if self._num_probe_blocks else 0
+
+    def _send(self, step: StepInput, now: float) -> SendStep:
+        self._liveness.sent(now)
+        return SendStep(worker_id=self._stages[0].worker_id, step=step)
+
     def _on_tokens(self, event: TokensSampled, now: float) -> list[MasterEffect]:
-        if event.epoch != self._epoch:
+        if event.epoch != self._epoch or self._phase not in {PipelinePhase.PROBING, PipelinePhase.READY}:
             return []
-        if self._phase is PipelinePhase.PROBING:
+        if self._liveness.probe is not None:
             return self._on_probe(event, now)
-        if self._phase is not PipelinePhase.READY:
-            return []
-        mismatch = self._scheduler.mismatch(event.step, event.tokens)
+        mismatch = self._scheduler.mismatch(event.step, event.tokens, event.prompt_scores)
         if mismatch is not None:
             return self._recover_or_fail(f"worker {self._stages[-1].worker_id} broke the protocol: {mismatch}", now)
         self._redeploys = 0
+        self._liveness.back(now)
         effects: list[MasterEffect] = []
-        for advance in self._scheduler.complete(event.step, event.tokens):
-            sequence = advance.sequence
+        for advance in self._scheduler.complete(event.step, event.tokens, event.prompt_scores):
+            sequence, token = advance.sequence, advance.token
+            if advance.scores:
+                effects.append(EmitPromptScores(seq_id=sequence.seq_id, scores=advance.scores))
+            if token is None:
+                continue
             self._total_output_tokens += 1
             effects.append(
                 EmitToken(
                     seq_id=sequence.seq_id,
                     index=sequence.num_output_tokens - 1,
-                    token_id=advance.token.token_id,
-                    logprob=advance.token.logprob,
+                    token_id=token.token_id,
+                    logprob=token.logprob,
+                    top=token.top,
                 )
             )
             if advance.finish is not None:
@@ -362,10 +409,15 @@ class MasterState:
         return effects
 
     def _on_probe(self, event: TokensSampled, now: float) -> list[MasterEffect]:
-        if event.step != PROBE_STEP or len(event.tokens) != 1:
+        probe = self._liveness.probe
+        if event.step != probe or len(event.tokens) != 1 or event.prompt_scores:
             last = self._stages[-1].worker_id
-            what = f"step {event.step} came back with {len(event.tokens)} tokens, expected step {PROBE_STEP} with one"
+            what = f"step {event.step} came back with {len(event.tokens)} tokens, expected step {probe} with one"
             return self._recover_or_fail(f"worker {last} broke the protocol: {what}", now)
+        self._liveness.probe = None
+        self._liveness.back(now)
+        if self._phase is PipelinePhase.READY:
+            return []
         self._phase = PipelinePhase.READY
         self._load_deadline = None
         return [PipelineReady(epoch=self._epoch, stages=self._stages)]
@@ -375,7 +427,7 @@ class MasterState:
             return []
         return self._recover_or_fail(f"worker {event.worker_id} failed at step {event.step}: {event.reason}", now)
 
-    def _send_steps(self) -> list[MasterEffect]:
+    def _send_steps(self, now: float) -> list[MasterEffect]:
         if self._phase is not PipelinePhase.READY:
             return []
         assert self._cluster.all_loaded(), "a pipeline takes steps over workers that are not ready"
@@ -386,7 +438,10 @@ class MasterState:
             if step is None:
                 break
             self._last_step = step.step
-            effects.append(SendStep(worker_id=self._stages[0].worker_id, step=step))
+            effects.append(self._send(step, now))
+        probe_at = self._liveness.next_probe
+        if probe_at is not None and probe_at <= now:
+            effects.append(self._probe(now))
         return effects
 
     def _max_steps_in_flight(self) -> int:
@@ -416,6 +471,10 @@ class MasterState:
 
     # --- to look at --------------------------------------------------------------------------------
 
+    def is_ready(self, now: float) -> bool:
+        """Whether the pipeline takes steps and a real token came through it lately; false when a step is overdue."""
+        return self._phase is PipelinePhase.READY and self._liveness.is_live(now)
+
     def snapshot(self) -> ClusterSnapshot:
         """Everything that people and metrics may see, frozen."""
         scheduler = self._scheduler
@@ -438,12 +497,14 @@ class MasterState:
             num_free_blocks=scheduler.pool.num_free,
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
-            num_steps_in_flight=len(scheduler.in_flight),
+            num_steps_in_flight=self._liveness.num_in_flight,
             max_steps_in_flight=self._max_steps_in_flight(),
-            total_prompt_tokens=self._total_prompt_tokens,
+            total_prompt_tokens=scheduler.total_prompt_tokens,
             total_cached_tokens=scheduler.total_cached_tokens,
             total_output_tokens=self._total_output_tokens,
             total_preemptions=scheduler.total_preemptions,
+            max_waiting=self._settings.max_waiting or 0,
+            num_cached_blocks=scheduler.pool.num_cached,
             finished=tuple((reason, self._finished[reason]) for reason in FinishReason if self._finished[reason]),
         )
 
@@ -466,9 +527,21 @@ class MasterState:
         steps = list(self._scheduler.in_flight)
         assert steps == sorted(steps)
         assert not steps or steps[-1] <= self._last_step
+        probe = self._liveness.probe
+        assert self._liveness.num_in_flight == len(steps) + (probe is not None), f"steps {steps}, probe {probe}"
+        assert probe is None or not steps or probe < steps[0], f"steps {steps} overtook probe {probe}"
 
 
 def _lost(worker_ids: list[WorkerId], reason: str) -> str:
     if len(worker_ids) == 1:
         return f"worker {worker_ids[0]} was lost: {reason}"
     return f"workers {', '.join(worker_ids)} were lost: {reason}"
+
+
+def _reached(sequence: Sequence) -> str:
+    """How far a sequence came, for its client."""
+    if sequence.num_output_tokens:
+        return f"after {sequence.num_output_tokens} of at most {sequence.stop.max_new_tokens} new tokens"
+    if not sequence.has_run:
+        return "while it waited in the queue"
+    return f"after {sequence.num_computed_tokens} of its prompt's {sequence.num_prompt_tokens} tokens"

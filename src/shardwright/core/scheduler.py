@@ -3,6 +3,10 @@
 There is no prefill phase and no decode phase: every sequence has computed tokens that catch up with its known
 tokens, under one token budget, running sequences first. Chunked prefill, prefix reuse, preemption by
 recomputation and replay after a failure are all that one loop. A sequence is in at most one step in flight.
+
+Two things make a waiting sequence wait longer although there is room. One whose next block is just what a running
+sequence computes waits until that block is there: n answers to one prompt compute it once. And the rows of logits
+that score prompts are few in each step, because each is as long as the vocabulary. Neither holds up who came later.
 """
 
 from __future__ import annotations
@@ -12,19 +16,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shardwright.core.block_pool import BlockPool
+from shardwright.core.block_pool import BlockPool, PrefixKey
 from shardwright.core.sequence import Sequence, SequenceStatus
 from shardwright.core.settings import CoreSettings
 from shardwright.types import (
     BlockId,
     Epoch,
     FinishReason,
+    PromptScores,
     SeqId,
     SequenceSlice,
     StepId,
     StepInput,
     TokenOut,
+    TokenScore,
 )
+
+_MOST_HELD = 64
+"""Waiting sequences that one step looks past, so that a long queue of them costs each step little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +47,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
-    """A sequence that got a token, and whether that was its last one."""
+    """A sequence that got scores of its prompt, or a token, or both, and whether that was its last token."""
 
     sequence: Sequence
-    token: TokenOut
+    scores: tuple[TokenScore, ...]
+    token: TokenOut | None
     finish: FinishReason | None
 
 
@@ -54,6 +64,7 @@ class StepPart:
     num_tokens: int
     table: tuple[BlockId, ...]
     samples: bool
+    num_scored: int  # tokens of the prompt whose scores come back: those after the part's own, from the first on
 
 
 def _arrival(sequence: Sequence) -> SeqId:
@@ -71,6 +82,23 @@ def _urgency(sequence: Sequence) -> tuple[bool, int, SeqId]:
     return True, 0, sequence.seq_id
 
 
+def _wrong_scores(part: StepPart, scores: PromptScores) -> str | None:
+    """What in these scores was not asked for, if anything."""
+    sequence = part.sequence
+    first = part.start + 1
+    wanted = sequence.tokens[first : first + part.num_scored]
+    given = [score.token_id for score in scores.scores]
+    if scores.first_position != first or given != wanted:
+        return (
+            f"scores of {len(given)} prompt tokens of sequence {sequence.seq_id} from position"
+            f" {scores.first_position}, expected its {len(wanted)} from position {first}"
+        )
+    most = sequence.num_prompt_logprobs or 0
+    if any(len(score.top) > most for score in scores.scores):
+        return f"more than {most} alternatives to a prompt token of sequence {sequence.seq_id}"
+    return None
+
+
 class Scheduler:
     """Waiting and running sequences, the block pool, and the steps in flight of one pipeline after another."""
 
@@ -81,9 +109,12 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order of arrival
         self.running: list[Sequence] = []  # in order of arrival
         self.in_flight: dict[StepId, tuple[StepPart, ...]] = {}  # in order of their numbers
+        self.num_new = 0  # waiting sequences that never ran: those that the queue's bound counts
+        self._dropped: list[SeqId] = []  # sequences that the last stage keeps a setup of and need not any more
         self._last_turn = 0
         self.total_preemptions = 0
-        self.total_cached_tokens = 0
+        self.total_prompt_tokens = 0  # of sequences that ran: so many were looked up in the prefix cache
+        self.total_cached_tokens = 0  # of these, those that were there
 
     def _new_pool(self, num_blocks: int) -> BlockPool:
         settings = self._settings
@@ -92,10 +123,15 @@ class Scheduler:
     # --- sequences come and go ---------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> Ended | None:
-        """Queue a new sequence, unless it can never be served."""
+        """Queue a new sequence, unless it can never be served or the queue is full."""
         ended = self._judge(sequence)
+        most = self._settings.max_waiting
+        if ended is None and most is not None and self.num_new >= most:
+            message = f"the queue is full: {most} requests wait already; come again later"
+            ended = Ended(sequence=sequence, reason=FinishReason.REJECTED, message=message)
         if ended is None:
             insort(self.waiting, sequence, key=_arrival)
+            self.num_new += 1
         else:
             sequence.status = SequenceStatus.FINISHED
         return ended
@@ -133,12 +169,16 @@ class Scheduler:
         """Take a sequence out before its time. Blocks that a step in flight uses drain until it is back."""
         if sequence.status is SequenceStatus.WAITING:
             del self.waiting[bisect_left(self.waiting, sequence.seq_id, key=_arrival)]
+            self.num_new -= not sequence.has_run
         elif sequence.status is SequenceStatus.RUNNING:
             self._remove_running(sequence)
             self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
+        if sequence.is_set_up:
+            self._dropped.append(sequence.seq_id)
+            sequence.is_set_up = False
         self.pool.free(sequence.block_table, in_flight=sequence.num_in_flight > 0)
         sequence.block_table = []
 
@@ -151,6 +191,7 @@ class Scheduler:
         Returns those that can't be served any more.
         """
         self.in_flight.clear()
+        self._dropped.clear()  # the new pipeline's last stage knows nobody
         self.pool = self._new_pool(num_blocks)
         sequences = sorted([*self.waiting, *self.running], key=_arrival)
         for sequence in sequences:
@@ -180,17 +221,43 @@ class Scheduler:
             sequence.last_turn = self._last_turn
         parts = tuple(self._launch(sequence, count) for sequence, count in chosen)
         self.in_flight[step] = parts
-        slices = tuple(
-            SequenceSlice(
-                seq_id=part.sequence.seq_id,
-                start_position=part.start,
-                token_ids=tuple(part.sequence.tokens[part.start : part.start + part.num_tokens]),
-                block_table=part.table,
-                sampling=part.sequence.sampling if part.samples else None,
-            )
-            for part in parts
-        )
-        return StepInput(epoch=epoch, step=step, slices=slices, steps_in_flight=num_groups)
+        slices = tuple(self._slice(part) for part in parts)
+        return StepInput(epoch=epoch, step=step, slices=slices, steps_in_flight=num_groups, dropped=self.take_dropped())
+
+    def take_dropped(self) -> tuple[SeqId, ...]:
+        """The sequences that the next step has to name as dropped. Call when that step is sure to be sent."""
+        dropped = tuple(self._dropped)
+        self._dropped.clear()
+        return dropped
+
+    def _most_tokens(self, sequence: Sequence, budget: int, score_budget: int) -> int:
+        """How many tokens the sequence may compute in a step with so much left.
+
+        A slice whose scores are wanted begins where they begin: what comes before is computed in one of its own.
+        """
+        count = min(sequence.num_missing_tokens, budget)
+        if not sequence.has_unscored:
+            return count
+        before = sequence.next_scored - 1 - sequence.num_computed_tokens
+        return min(count, before if before > 0 else score_budget)
+
+    def _num_scored(self, sequence: Sequence, count: int) -> int:
+        """How many scores the next `count` tokens bring."""
+        start = sequence.num_computed_tokens
+        if not sequence.has_unscored or start < sequence.next_scored - 1:
+            return 0
+        return min(start + count, sequence.num_prompt_tokens - 1) - start
+
+    def _is_being_computed(self) -> set[PrefixKey]:
+        """The next block of each running sequence that has all tokens for it: these are sure to be known soon."""
+        pool = self.pool
+        size = pool.block_size
+        keys: set[PrefixKey] = set()
+        for sequence in self.running:
+            begin = sequence.num_registered_blocks * size
+            if begin + size <= len(sequence.tokens):
+                keys.add(pool.key(sequence.prefix_node, sequence.tokens[begin : begin + size]))
+        return keys
 
     def _continue_running(self, most_parts: int) -> tuple[list[tuple[Sequence, int]], bool]:
         """Tokens for running sequences, most urgent first; blocks in order of arrival.
@@ -204,12 +271,14 @@ class Scheduler:
         granted: list[tuple[Sequence, int]] = []
         while ready and not granted:
             budget = self._settings.token_budget
+            score_budget = self._settings.prompt_logprob_tokens
             wanted: list[tuple[Sequence, int]] = []
             for sequence in sorted(ready, key=_urgency)[:most_parts]:
-                count = min(sequence.num_missing_tokens, budget)
+                count = self._most_tokens(sequence, budget, score_budget)
                 if count == 0:
-                    break
+                    continue
                 budget -= count
+                score_budget -= self._num_scored(sequence, count)
                 wanted.append((sequence, count))
             wanted.sort(key=lambda pair: pair[0].seq_id)
             for sequence, count in wanted:
@@ -250,38 +319,74 @@ class Scheduler:
         self._remove_running(victim)
         self._release(victim)
         victim.forget_computed()
+        victim.num_preemptions += 1
         insort(self.waiting, victim, key=_arrival)
         self.total_preemptions += 1
 
     def _admit(self, chosen: list[tuple[Sequence, int]], most_parts: int) -> None:
-        """Start waiting sequences in order of arrival, as long as budget, places and blocks last."""
-        pool = self.pool
+        """Start waiting sequences in order of arrival, as long as budget, places and blocks last.
+
+        Those that wait for another's block, or for rows of scores, keep their place while later ones pass.
+        """
         budget = self._settings.token_budget - sum(count for _, count in chosen)
-        while self.waiting and budget and len(chosen) < most_parts and len(self.running) < self._settings.max_running:
-            sequence = self.waiting[0]
-            cached, node = pool.find_prefix(sequence.tokens)
-            # Room for all its known tokens: one that gets in for a chunk only would be preempted soon.
-            missing = pool.blocks_for(sequence.num_tokens) - len(cached)
-            if missing + pool.num_idle(cached) > pool.num_free:
+        score_budget = self._settings.prompt_logprob_tokens
+        score_budget -= sum(self._num_scored(sequence, count) for sequence, count in chosen)
+        awaitable: set[PrefixKey] | None = None
+        held = 0
+        while held < min(len(self.waiting), _MOST_HELD) and budget and len(chosen) < most_parts:
+            if len(self.running) >= self._settings.max_running or not self.pool.num_free:
                 return
-            del self.waiting[0]
-            pool.share(cached)
-            sequence.block_table = cached
-            sequence.prefix_node = node
-            sequence.num_registered_blocks = len(cached)
-            sequence.num_computed_tokens = len(cached) * pool.block_size
-            sequence.status = SequenceStatus.RUNNING
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
-                self.total_cached_tokens += sequence.num_cached_tokens
-            insort(self.running, sequence, key=_arrival)
-            count = self._make_room(sequence, min(budget, sequence.num_missing_tokens))
+            sequence = self.waiting[held]
+            if awaitable is None and self.pool.prefix_cache:
+                awaitable = self._is_being_computed()
+            if (sequence.has_unscored and not score_budget) or (awaitable and sequence.awaited in awaitable):
+                held += 1
+                continue
+            cached, node = self.pool.find_prefix(sequence.tokens, sequence.num_reusable_tokens)
+            sequence.awaited = self._next_key(sequence, len(cached), node)
+            if awaitable and sequence.awaited in awaitable:
+                held += 1
+                continue
+            # Room for all its known tokens: one that gets in for a chunk only would be preempted soon.
+            missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
+            if missing + self.pool.num_idle(cached) > self.pool.num_free:
+                return
+            del self.waiting[held]
+            self._begin(sequence, cached, node)
+            if awaitable is not None and sequence.awaited is not None:
+                awaitable.add(sequence.awaited)
+            count = self._make_room(sequence, self._most_tokens(sequence, budget, score_budget))
             assert count, "admission counted the blocks"
             budget -= count
+            score_budget -= self._num_scored(sequence, count)
             chosen.append((sequence, count))
+
+    def _next_key(self, sequence: Sequence, num_cached: int, node: int) -> PrefixKey | None:
+        """The block after the cached ones, if the sequence could reuse it."""
+        begin = num_cached * self.pool.block_size
+        end = begin + self.pool.block_size
+        if end > sequence.num_reusable_tokens or not self.pool.prefix_cache:
+            return None
+        return self.pool.key(node, sequence.tokens[begin:end])
+
+    def _begin(self, sequence: Sequence, cached: list[BlockId], node: int) -> None:
+        """Make a sequence that was taken out of the waiting ones a running one, with these blocks."""
+        self.pool.share(cached)
+        sequence.block_table = cached
+        sequence.prefix_node = node
+        sequence.num_registered_blocks = len(cached)
+        sequence.num_computed_tokens = len(cached) * self.pool.block_size
+        sequence.status = SequenceStatus.RUNNING
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            self.num_new -= 1
+            self.total_prompt_tokens += sequence.num_prompt_tokens
+            self.total_cached_tokens += sequence.num_cached_tokens
+        insort(self.running, sequence, key=_arrival)
 
     def _launch(self, sequence: Sequence, count: int) -> StepPart:
         start = sequence.num_computed_tokens
+        num_scored = self._num_scored(sequence, count)
         sequence.num_in_flight = count
         return StepPart(
             sequence=sequence,
@@ -289,11 +394,32 @@ class Scheduler:
             num_tokens=count,
             table=tuple(sequence.block_table),
             samples=start + count == sequence.num_tokens,
+            num_scored=num_scored,
+        )
+
+    def _slice(self, part: StepPart) -> SequenceSlice:
+        sequence = part.sequence
+        end = part.start + part.num_tokens
+        setup = None
+        if part.samples and sequence.has_setup and not sequence.is_set_up:
+            setup = sequence.setup()
+            sequence.is_set_up = True
+        return SequenceSlice(
+            seq_id=sequence.seq_id,
+            start_position=part.start,
+            token_ids=tuple(sequence.tokens[part.start : end]),
+            block_table=part.table,
+            sampling=sequence.sampling if part.samples else None,
+            setup=setup,
+            num_prompt_logprobs=sequence.num_prompt_logprobs if part.num_scored else None,
+            next_token_id=sequence.tokens[end] if part.num_scored and end < sequence.num_prompt_tokens else None,
         )
 
     # --- a step is back ----------------------------------------------------------------------------
 
-    def mismatch(self, step: StepId, tokens: tuple[TokenOut, ...]) -> str | None:
+    def mismatch(
+        self, step: StepId, tokens: tuple[TokenOut, ...], prompt_scores: tuple[PromptScores, ...] = ()
+    ) -> str | None:
         """Why this answer can't be the next one, or None when it fits. Steps come back in order."""
         expected = next(iter(self.in_flight), None)
         if step != expected:
@@ -302,26 +428,40 @@ class Scheduler:
         answered = [token.seq_id for token in tokens]
         if asked != answered:
             return f"step {step} came back with tokens for sequences {answered}, expected {asked}"
+        scored = [part for part in self.in_flight[step] if part.num_scored]
+        if not scored and not prompt_scores:
+            return None
+        wanted = [part.sequence.seq_id for part in scored]
+        given = [scores.seq_id for scores in prompt_scores]
+        if wanted != given:
+            return f"step {step} came back with prompt scores for sequences {given}, expected {wanted}"
+        for part, scores in zip(scored, prompt_scores, strict=True):
+            if (what := _wrong_scores(part, scores)) is not None:
+                return f"step {step} came back with {what}"
         return None
 
-    def complete(self, step: StepId, tokens: tuple[TokenOut, ...]) -> list[Advance]:
-        """Take a step's answer, which `mismatch` let pass. Tokens of sequences that ended meanwhile are dropped."""
+    def complete(
+        self, step: StepId, tokens: tuple[TokenOut, ...], prompt_scores: tuple[PromptScores, ...] = ()
+    ) -> list[Advance]:
+        """Take a step's answer, which `mismatch` let pass. What is for sequences that ended meanwhile is dropped."""
         parts = self.in_flight.pop(step)
         answers = iter(tokens)
+        all_scores = iter(prompt_scores)
         advances: list[Advance] = []
         for part in parts:
             token = next(answers) if part.samples else None
+            scores = next(all_scores).scores if part.num_scored else ()
             sequence = part.sequence
             sequence.num_in_flight = 0
             if sequence.status is SequenceStatus.FINISHED:
                 self.pool.drained(part.table)
                 continue
             sequence.num_computed_tokens += part.num_tokens
+            sequence.next_scored += part.num_scored
             self._register(sequence)
-            if token is None:
-                continue
-            finish = sequence.append(token.token_id)
-            advances.append(Advance(sequence=sequence, token=token, finish=finish))
+            finish = sequence.append(token.token_id) if token is not None else None
+            if token is not None or scores:
+                advances.append(Advance(sequence=sequence, scores=scores, token=token, finish=finish))
             if finish is not None:
                 self.end(sequence)
         return advances
@@ -345,11 +485,17 @@ class Scheduler:
             assert all(a < b for a, b in pairwise(ids)), f"{status.value} out of order: {ids}"
             assert all(sequence.status is status for sequence in queue), f"{status.value}: {ids}"
         assert len(self.running) <= self._settings.max_running
+        num_new = sum(not sequence.has_run for sequence in self.waiting)
+        assert self.num_new == num_new, f"{num_new} sequences wait for the first time, counted {self.num_new}"
+        most_new = self._settings.max_waiting
+        assert most_new is None or num_new <= most_new, f"{num_new} sequences wait for the first time"
         self.pool.check(sequence.block_table for sequence in self.running)
         carried: dict[SeqId, StepId] = {}
         for step, parts in self.in_flight.items():
             total = sum(part.num_tokens for part in parts)
             assert 0 < total <= self._settings.token_budget, f"step {step} has {total} tokens"
+            num_scored = sum(part.num_scored for part in parts)
+            assert num_scored <= self._settings.prompt_logprob_tokens, f"step {step} scores {num_scored} tokens"
             for part in parts:
                 self._check_part(step, part, carried)
         busy = [s.seq_id for s in self.running if s.num_in_flight]

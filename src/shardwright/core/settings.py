@@ -15,6 +15,8 @@ class CoreSettings:
     block_size: int = 16  # KV positions in a block
     token_budget: int = 512  # most tokens that one step computes
     max_running: int = 64  # most sequences that hold KV blocks
+    max_waiting: int | None = None  # most requests that wait for their first place; None: any number
+    prompt_logprob_tokens: int = 64  # most rows of one step whose logits score a prompt: each is a whole vocabulary
     max_model_len: int | None = None  # most tokens of a sequence; None: the model's own context
     max_kv_tokens: int = 65536  # most KV positions, whatever memory there is
     min_kv_tokens: int = 1024  # a placement that leaves room for fewer is refused (where max_kv_tokens allows as many)
@@ -23,6 +25,7 @@ class CoreSettings:
     max_steps_in_flight: int | None = None  # None: chosen from measured step times and link delays
     heartbeat_timeout_s: float = 10.0  # a worker that was heard once and is silent for longer is lost
     load_timeout_s: float = 3600.0  # from the assignments to the first token through the pipeline
+    probe_interval_s: float | None = None  # an idle pipeline is tried with a token of the master's own; None: never
     recover: bool = False  # on a lost worker: place again over what is left; else end every request with an error
     max_redeploys: int = 3  # recoveries in a row without one finished step before the master gives up
     first_epoch: Epoch = 1  # above every epoch that the workers may have seen from an earlier master
@@ -32,6 +35,8 @@ class CoreSettings:
             "block_size",
             "token_budget",
             "max_running",
+            "max_waiting",
+            "prompt_logprob_tokens",
             "max_model_len",
             "max_kv_tokens",
             "min_kv_tokens",
@@ -41,9 +46,10 @@ class CoreSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name in ("heartbeat_timeout_s", "load_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
+        for name in ("heartbeat_timeout_s", "load_timeout_s", "probe_interval_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0 seconds")
         for name in ("max_redeploys", "workspace_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
