@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.config import MasterConfig, WorkerConfig, read_config
+from shardwright.config import MasterConfig, ServeConfig, WorkerConfig, read_config
 from shardwright.errors import ConfigError
 
 
@@ -27,7 +27,9 @@ def test_without_anything_the_defaults_hold():
     assert read() == MasterConfig()
     assert read(WorkerConfig) == WorkerConfig()
     assert MasterConfig().model == "google/gemma-2b"
+    assert read(ServeConfig) == ServeConfig()
     assert WorkerConfig().port == 50051
+    assert (ServeConfig().host, ServeConfig().port) == ("127.0.0.1", 8000)
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file(settings):
@@ -38,20 +40,45 @@ def test_a_flag_beats_the_environment_which_beats_the_file(settings):
     assert config.dtype == "auto"
 
 
-def test_one_file_serves_master_and_worker(settings):
-    file = settings("[master]\nmodel = 'm'\n[worker]\nport = 7\n")
+def test_one_file_serves_all_three(settings):
+    file = settings("[master]\nmodel = 'm'\n[worker]\nport = 7\n[serve]\nport = 8\n")
     assert read(file=file).model == "m"
     assert read(WorkerConfig, file=file).port == 7
+    assert read(ServeConfig, file=file).port == 8
+
+
+def test_a_worker_and_the_http_server_have_variables_of_their_own():
+    environ = {"SHARDWRIGHT_PORT": "7", "SHARDWRIGHT_SERVE_PORT": "8"}
+    assert read(WorkerConfig, environ=environ).port == 7
+    assert read(ServeConfig, environ=environ).port == 8
 
 
 def test_every_setting_can_be_given_in_the_environment():
-    samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x"}
-    for kind in (MasterConfig, WorkerConfig):
+    samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x", "Path | None": "~/x"}
+    special = {"kv_tokens": "16", "max_body_bytes": "4096", "tool_style": "hermes"}
+    kinds = ((MasterConfig, "SHARDWRIGHT_"), (WorkerConfig, "SHARDWRIGHT_"), (ServeConfig, "SHARDWRIGHT_SERVE_"))
+    for kind, prefix in kinds:
         for field in dataclasses.fields(kind):
             name = field.type if isinstance(field.type, str) else field.type.__name__
-            value = "16" if field.name == "kv_tokens" else samples[name]
-            config = read(kind, environ={f"SHARDWRIGHT_{field.name.upper()}": value})
+            value = special.get(field.name, samples[name])
+            config = read(kind, environ={f"{prefix}{field.name.upper()}": value})
             assert getattr(config, field.name) is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tool_style": "morse"}, "tool_style is 'morse'; choose one of auto, none, hermes"),
+        ({"head_timeout_s": "nan"}, "head_timeout_s is nan; it must be above 0 and at most 86400 seconds"),
+        ({"shutdown_timeout_s": "-1"}, "shutdown_timeout_s is -1.0; it must be between 0 and 86400 seconds"),
+        ({"max_body_bytes": "3"}, "max_body_bytes is 3; it must be between 1024"),
+        ({"port": "70000"}, "port is 70000; it must be between 0 and 65535"),
+    ],
+)
+def test_a_serve_setting_that_cannot_be_used_is_named_with_its_bound(values, says):
+    with pytest.raises(ConfigError) as caught:
+        read(ServeConfig, environ={f"SHARDWRIGHT_SERVE_{name.upper()}": value for name, value in values.items()})
+    assert says in str(caught.value)
 
 
 def test_a_path_may_begin_with_the_home_folder():

@@ -1,7 +1,8 @@
-"""Settings of a master and of a worker, read once from flags, environment and file, then passed down frozen.
+"""Settings of a master, of a worker and of the HTTP server, read once, then passed down frozen.
 
-Precedence: a flag, then `SHARDWRIGHT_<NAME>` in the environment, then the file `shardwright.toml` (tables
-`[master]` and `[worker]`), then the default here. Nothing below this module reads the environment.
+Precedence: a flag, then the environment (`SHARDWRIGHT_<NAME>`; the HTTP server's `SHARDWRIGHT_SERVE_<NAME>`, since a
+worker has a host and a port too), then the file `shardwright.toml` (tables `[master]`, `[worker]` and `[serve]`), then
+the default here. Nothing below this module reads the environment.
 """
 
 from __future__ import annotations
@@ -83,13 +84,64 @@ class MasterConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
 
 
+TOOL_STYLES = ("auto", "none", "hermes", "llama3", "gemma3", "functiongemma", "gemma4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How the HTTP API is served. Sizes are bytes, times are seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    api_key_file: Path | None = None  # None: everybody may use the API
+    open_metrics: bool = False  # whether /metrics needs no API key; without keys nothing needs one
+    cors_origins: str = ""  # web origins whose pages may call the API, separated by commas; *: all
+    tool_style: str = "auto"  # how the model writes tool calls; auto: told by its chat template
+    max_body_bytes: int = 4 * MIB
+    max_prompts: int = 64  # of one completion request
+    max_choices: int = 16  # `n` of one request
+    max_connections: int = 2048  # over it, connections that wait for nothing are closed in favour of new ones
+    head_timeout_s: float = 20.0  # for the head of a request, from the connection's start
+    body_timeout_s: float = 30.0  # for the body of a request, from its head
+    keep_alive_s: float = 60.0  # how long a connection without a request is kept
+    write_timeout_s: float = 60.0  # how long a client may read nothing of an answer
+    request_timeout_s: float = 600.0  # for an answer, and the most that a request may ask for
+    shutdown_timeout_s: float = 10.0  # how long running answers may go on after the server was told to stop
+
+    def __post_init__(self) -> None:
+        _check_range("port", self.port, 0, 65535)
+        _check_range("max_body_bytes", self.max_body_bytes, 1024, GIB)
+        _check_range("max_prompts", self.max_prompts, 1, 4096)
+        _check_range("max_choices", self.max_choices, 1, 1024)
+        _check_range("max_connections", self.max_connections, 1, 1 << 20)
+        if self.tool_style not in TOOL_STYLES:
+            raise ConfigError(f"tool_style is {self.tool_style!r}; choose one of {', '.join(TOOL_STYLES)}")
+        for name in ("head_timeout_s", "body_timeout_s", "keep_alive_s", "write_timeout_s", "request_timeout_s"):
+            _check_seconds(name, getattr(self, name))
+        if not 0 <= self.shutdown_timeout_s <= _MAX_SECONDS:
+            raise ConfigError(
+                f"shutdown_timeout_s is {self.shutdown_timeout_s}; it must be between 0 and {_MAX_SECONDS:.0f} seconds"
+            )
+
+
+_MAX_SECONDS = 86400.0
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not 0 < value <= _MAX_SECONDS:
+        raise ConfigError(f"{name} is {value}; it must be above 0 and at most {_MAX_SECONDS:.0f} seconds")
+
+
 def _check_range(name: str, value: int, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{name} is {value}; it must be {bound}")
 
 
-Config = TypeVar("Config", bound=MasterConfig | WorkerConfig)
+Config = TypeVar("Config", bound=MasterConfig | WorkerConfig | ServeConfig)
+
+_TABLES: Mapping[type, str] = {MasterConfig: "master", WorkerConfig: "worker", ServeConfig: "serve"}
+_PREFIXES: Mapping[type, str] = {ServeConfig: "SHARDWRIGHT_SERVE_"}
 
 
 def read_config(
@@ -104,7 +156,8 @@ def read_config(
     Raises `ConfigError` for a value of the wrong type or range, for an unknown key in the file, and for a file
     that was named but can't be read.
     """
-    table = "master" if kind is MasterConfig else "worker"
+    table = _TABLES[kind]
+    prefix = _PREFIXES.get(kind, "SHARDWRIGHT_")
     hints = get_type_hints(kind)
     values: dict[str, object] = {}
     if file is not None:
@@ -113,7 +166,7 @@ def read_config(
                 raise ConfigError(f"{file}: [{table}] has no setting {name!r}; known: {', '.join(sorted(hints))}")
             values[name] = _convert(value, hints[name], f"{file}: {table}.{name}")
     for name, hint in hints.items():
-        variable = f"SHARDWRIGHT_{name.upper()}"
+        variable = f"{prefix}{name.upper()}"
         if variable in environ:
             values[name] = _convert(environ[variable], hint, variable)
     values |= {name: _convert(value, hints[name], name) for name, value in flags.items() if value is not None}
