@@ -24,7 +24,7 @@ from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampling import sample
 from shardwright.model.skeleton import StageEnd
 from shardwright.model.weights import load_weights
-from shardwright.types import LayerRange, SamplingParams, SequenceSlice, StepInput, TokenOut
+from shardwright.types import LayerRange, PromptScores, SamplingParams, SequenceSlice, StepInput, TokenOut
 
 HIDDEN = "hidden"
 
@@ -35,6 +35,7 @@ class StageOutput:
 
     tensors: dict[str, torch.Tensor]  # "hidden" [tokens, hidden] and what travels beside it
     tokens: tuple[TokenOut, ...]  # one for each slice that asked for one, in the step's order
+    prompt_scores: tuple[PromptScores, ...] = ()  # one for each slice whose prompt is to be scored
 
 
 def build_stage(

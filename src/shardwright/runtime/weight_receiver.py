@@ -82,6 +82,12 @@ class ReceivedTensors:
         """The stage's tensors by name."""
         return self._specs
 
+    def without(self, name: str) -> ReceivedTensors:
+        """All tensors but this one, from the same places."""
+        return ReceivedTensors(
+            specs={other: spec for other, spec in self._specs.items() if other != name}, ranges=self._ranges
+        )
+
     def read(self, name: str) -> memoryview:
         """A tensor's raw bytes in memory of their own, writable. Blocks on the disk; any thread may call it.
 

@@ -1,7 +1,7 @@
-"""Gives one worker its stage and streams it the tensors that it lacks, a chunk at a time, from the master's disk.
+"""Gives one worker its stage and streams it the tensors that it lacks, a chunk at a time.
 
-The master's memory holds no more than a few chunks for each worker, whatever the model's size: a chunk is read when
-the transport takes it.
+Weights come from the master's disk: its memory holds no more than a few chunks for each worker, whatever the model's
+size, for a chunk is read when the transport takes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardwright.errors import (
     WorkerLostError,
     WorkerUnreachableError,
 )
-from shardwright.runtime.tensor_hashes import TensorFiles
+from shardwright.runtime.raw_source import RawSource
 from shardwright.transport.base import WorkerClient
 from shardwright.types import StageLoad, WorkerId
 from shardwright.wire.messages import (
@@ -54,7 +54,7 @@ Progress: TypeAlias = LoadReply | SentProgress
 async def send_stage(
     client: WorkerClient,
     load: StageLoad,
-    checkpoint: TensorFiles,
+    source: RawSource,
     progress: Callable[[Progress], None],
     *,
     retries: int = 5,
@@ -70,7 +70,7 @@ async def send_stage(
     `ProtocolError` or `CheckpointError` when one of the two sides' bytes are wrong.
     """
     assert 0 < chunk_bytes <= MAX_CHUNK_BYTES
-    sending = _Sending(client, load, checkpoint, progress, chunk_bytes)
+    sending = _Sending(client, load, source, progress, chunk_bytes)
     failures = 0
     while True:
         missing_before = sending.fewest_missing
@@ -93,7 +93,7 @@ class _Sending:
         self,
         client: WorkerClient,
         load: StageLoad,
-        checkpoint: TensorFiles,
+        source: RawSource,
         progress: Callable[[Progress], None],
         chunk_bytes: int,
     ) -> None:
@@ -102,10 +102,10 @@ class _Sending:
         self._load = load
         self._worker_id = load.assignment.worker_id
         self._specs = {spec.sha256: spec for spec in load.tensors}
-        self._checkpoint = checkpoint
+        self._source = source
         self._progress = progress
         self._chunk_bytes = chunk_bytes
-        self._failure: ShardwrightError | None = None  # of reading the checkpoint, which happens in the transport
+        self._failure: ShardwrightError | None = None  # of reading the source, which happens in the transport
 
     async def attempt(self, stall_timeout_s: float) -> LoadDone:
         """One call, to its end. Raises `LinkLostError` when it breaks or stalls."""
@@ -188,7 +188,7 @@ class _Sending:
             for offset in range(request.offset, spec.num_bytes, self._chunk_bytes):
                 length = min(self._chunk_bytes, spec.num_bytes - offset)
                 try:
-                    data = await asyncio.to_thread(self._checkpoint.read, spec.name, offset, length)
+                    data = await asyncio.to_thread(self._source.read, spec.name, offset, length)
                 except ShardwrightError as exc:
                     self._failure = exc
                     _set_limit(limit, 0.0)  # ends the call now, whatever the transport does with a failed sender

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, assert_never
 
@@ -49,8 +49,10 @@ from shardwright.errors import (
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
 from shardwright.types import (
+    VOCABULARY_TENSOR,
     Epoch,
     HeartbeatReport,
+    PromptScores,
     StageLoad,
     StepId,
     StepInput,
@@ -76,8 +78,8 @@ from shardwright.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from shardwright.model.raw_tensors import RawTensors
     from shardwright.model.stage import Stage
+    from shardwright.runtime.weight_receiver import ReceivedTensors
     from shardwright.transport.base import Transport, WorkerClient
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ class WeightReceiver(Protocol):
         load: StageLoad,
         incoming: AsyncIterator[LoadMessage],
         send: Callable[[LoadReply], Awaitable[None]],
-    ) -> RawTensors:
+    ) -> ReceivedTensors:
         """All tensors of the stage, ready to be read one at a time."""
         ...
 
@@ -138,6 +140,7 @@ class _ComputedStep:
     step: StepInput
     frames: tuple[TensorFrame, ...]
     tokens: tuple[TokenOut, ...]
+    prompt_scores: tuple[PromptScores, ...]
 
 
 @dataclass(slots=True)
@@ -237,6 +240,7 @@ class WorkerShell:
         self._compute = compute
         self._stop_build = threading.Event()  # of the load that goes on now, if one does
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     # --- service -----------------------------------------------------------------------------------
 
@@ -308,7 +312,7 @@ class WorkerShell:
             has = f"epoch {held.load.assignment.epoch}" if held else "no stage"
             raise StaleEpochError(f"step {message.step.step} names epoch {message.step.epoch}; this worker has {has}")
         computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, message)
-        return LayerResult(tensors=computed.frames, tokens=computed.tokens)
+        return LayerResult(tensors=computed.frames, tokens=computed.tokens, prompt_scores=computed.prompt_scores)
 
     async def tokens(self, epoch: Epoch) -> AsyncIterator[StepResult]:
         """The last stage's results until the epoch ends."""
@@ -326,6 +330,7 @@ class WorkerShell:
 
     async def close(self) -> None:
         """End links, compute and stage. The listener is closed before."""
+        self._closed = True
         self._stop_build.set()
         held, self._held = self._held, None
         if held is not None:
@@ -439,9 +444,10 @@ class WorkerShell:
             self._load_starts.pop(epoch, None)
         return True
 
-    async def _build(self, load: StageLoad, raw: RawTensors, replies: asyncio.Queue[LoadReply | None]) -> Stage:
+    async def _build(self, load: StageLoad, raw: ReceivedTensors, replies: asyncio.Queue[LoadReply | None]) -> Stage:
         loop = asyncio.get_running_loop()
-        total = sum(spec.num_bytes for spec in load.tensors)
+        weights = raw.without(VOCABULARY_TENSOR)
+        total = sum(spec.num_bytes for spec in weights.specs.values())
 
         told_at = -PROGRESS_INTERVAL_S
         self._stop_build = stop = threading.Event()
@@ -470,7 +476,7 @@ class WorkerShell:
                 device=self._device,
                 num_blocks=load.assignment.num_blocks,
                 block_size=load.assignment.block_size,
-                raw=raw,
+                raw=weights,
                 progress=progress,
             )
 
@@ -518,17 +524,25 @@ class WorkerShell:
         held = self._held
         message = self._inbox.pop(key)
         assert held is not None, "a step is computed only while a stage is held"
-        self._spawn(self._compute_step(held, message, key))
+        loop = asyncio.get_running_loop()
 
-    async def _compute_step(self, held: _HeldStage, message: StepMessage, key: StepKey) -> None:
-        try:
-            computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, message)
-        except Exception as exc:  # the top of the step's task: whatever went wrong becomes an event
-            log.exception("step %d of epoch %d failed", key[1], key[0])
-            reason = f"{type(exc).__name__}: {exc}"
-            self._handle(StepErrored(epoch=key[0], step=key[1], reason=reason))
+        def tell(future: Future[_ComputedStep]) -> None:
+            """Called on the compute thread, or by `close` for a step that it never came to."""
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody wants the step any more
+                loop.call_soon_threadsafe(self._on_computed, key, future)
+
+        # Straight to the thread and straight back: a task in between would cost a turn of the loop at each end.
+        self._compute.submit(self._forward, held, message).add_done_callback(tell)
+
+    def _on_computed(self, key: StepKey, future: Future[_ComputedStep]) -> None:
+        if self._closed:
             return
-        self._outbox[key] = computed
+        exc = future.exception()  # the top of the step: whatever went wrong becomes an event
+        if exc is not None:
+            log.error("step %d of epoch %d failed", key[1], key[0], exc_info=exc)
+            self._handle(StepErrored(epoch=key[0], step=key[1], reason=f"{type(exc).__name__}: {exc}"))
+            return
+        self._outbox[key] = future.result()
         self._handle(StepComputed(epoch=key[0], step=key[1]))
         self._forget(key)
 
@@ -546,7 +560,7 @@ class WorkerShell:
             seconds=time.perf_counter() - began,
             concurrency=concurrency,
         )
-        return _ComputedStep(step=message.step, frames=frames, tokens=output.tokens)
+        return _ComputedStep(step=message.step, frames=frames, tokens=output.tokens, prompt_scores=output.prompt_scores)
 
     def _set_threads(self, count: int) -> None:
         """Compute with so many threads from now on. Called on the compute thread, which alone computes."""
@@ -588,4 +602,6 @@ class WorkerShell:
         held = self._held
         assert held is not None, "only a held stage publishes"
         computed = self._outbox.pop(key)
-        held.results.put_nowait(StepResult(epoch=key[0], step=key[1], tokens=computed.tokens))
+        held.results.put_nowait(
+            StepResult(epoch=key[0], step=key[1], tokens=computed.tokens, prompt_scores=computed.prompt_scores)
+        )
