@@ -281,6 +281,9 @@ class ModelCosts:
     activation_bytes_per_token: int
     max_context: int  # positions that the model was made for
     element_bytes: int = 2  # of one weight in the compute dtype
+    context_costs: tuple[tuple[int, float], ...] = ()
+    """Pairs of (window, cost of one attended position for a token), one for each length of window in the model; the
+    unit is the cost of a token without attention. Empty: attention costs nothing beside the rest."""
 
     @property
     def num_layers(self) -> int:

@@ -47,7 +47,7 @@ from shardwright.core.request_times import Deadlines, Departures
 from shardwright.core.scheduler import Ended, Scheduler
 from shardwright.core.sequence import Sequence
 from shardwright.core.settings import CoreSettings
-from shardwright.core.step_times import StagePace, StepTimes, choose_steps_in_flight
+from shardwright.core.step_times import Mix, StagePace, StepTimes, choose_steps_in_flight
 from shardwright.errors import PlacementError
 from shardwright.types import (
     GREEDY,
@@ -451,7 +451,7 @@ class MasterState:
         num_sequences = min(self._settings.max_running, open_sequences)
         chosen = self._steps_for.get(num_sequences)
         if chosen is None:
-            chosen = choose_steps_in_flight(self._paces(), num_sequences=num_sequences)
+            chosen = choose_steps_in_flight(self._paces(), Mix(num_decodes=num_sequences), chunk_tokens=lambda _: 0.0)
             self._steps_for[num_sequences] = chosen
         return chosen
 

@@ -1,27 +1,32 @@
 """How many steps in flight pay: measured step times and link delays in, a number out.
 
-Let t_i(b) be stage i's time for a step of b sequences, l_i the delay of the link into it, B the sequences there are.
-With m steps in flight of B/m sequences each, a step's trip takes sum(t_i(B/m) + l_i), and in that time every stage
-must compute m steps. So
+A step's time at a stage is t(b, x): b sequences, and x prompt tokens beyond one for each of them. It is kept as two
+measured tables, t(b, 0) and what x tokens add to it. Let l_i be the delay of the link into stage i. With m steps in
+flight, a step's trip takes sum(t_i + l_i), and in the time in which every step is back once, each stage computes all
+m of them. So all of them are back after
 
-    tokens/s = B / max( sum over stages (t_i(B/m) + l_i),  m * max over stages t_i(B/m) )
+    cycle = max( longest trip of a step: sum over stages (t_i + l_i),  busiest stage: sum over steps t_i )
 
-Where t is flat in b (decode bound by memory) more than one step never pays; where t grows with b, up to about
+and m is worth (what the m steps compute) / cycle. For decodes alone that is B / cycle tokens a second. Where t is flat
+in b (decode bound by memory) more than one step never pays; where t grows with b or with prompt tokens, up to about
 S (1 + l/t) steps gain in proportion.
 
 Stages on one device (one machine's cores, one GPU) slow each other down when they compute at the same time, and how
 much only a measurement tells: work that waits for memory halves its speed, work that waits for the interpreter keeps
 it. So their times are kept by concurrency, the number of them that compute at once: min(m, stages on the device).
 
-A table that knows only whole batches, or only one step at a time, can't tell what two would bring. So two steps are
-put in flight until half batches were seen under them: that costs little, and the formula decides from then on.
+What was never measured is taken at its best and so is tried once; the measurement decides from then on. At best: a
+smaller step takes in proportion less, but no less than half of the smallest that was measured (so sizes are tried by
+halves); more stages computing at once don't slow each other down; fewer of them gain all that they shared, almost.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 
 from shardwright.types import StepTiming
 
@@ -29,57 +34,182 @@ MOST_STEPS = 64
 """More steps in flight than this are never considered: it bounds the queues along the pipeline."""
 
 WORTHWHILE = 1.03
-"""One more step in flight has to promise this factor: measured times are not better than a few percent."""
+"""More steps in flight have to promise this factor: measured times are not better than a few percent."""
 
-_NEW_WEIGHT = 0.25
-"""Weight of a new report against what is known: times drift with load and temperature."""
+_CANDIDATES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, MOST_STEPS)
+
+_REPORTS_KEPT = 5
+"""The median of so many reports is a shape's time: one that something else disturbed doesn't show, a drift does."""
+
+_UNSEEN_SMALLER = 0.5
+"""A step smaller than all that were measured is hoped to take this part of the smallest's time at best."""
+
+_UNSEEN_ALONE = 1.1
+"""Where a stage was measured only beside others on its device, it is thought to gain their shares but for a tenth."""
+
+_UNTRIED_TOKENS = 64
+"""Before anything was measured, prompts are split over steps only with so many tokens in each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What there is to compute: sequences that lack one token, and those that lack more."""
+
+    num_decodes: int
+    num_prompts: int = 0
+    prompt_tokens: int = 0  # that the prompts lack together
+
+    def __post_init__(self) -> None:
+        assert self.num_decodes >= 0, f"{self.num_decodes=}"
+        assert 0 <= self.num_prompts <= self.prompt_tokens, f"{self.num_prompts=} {self.prompt_tokens=}"
+
+    @property
+    def num_sequences(self) -> int:
+        """All of them."""
+        return self.num_decodes + self.num_prompts
 
 
 @dataclass(slots=True, eq=False)
-class StepTimes:
-    """One stage's measured decode times by concurrency and number of sequences."""
+class _Shape:
+    """The last reports on steps of one shape: (sequences, prompt tokens, mean seconds)."""
 
-    mean_s: dict[int, dict[int, float]] = field(default_factory=dict)
+    reports: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_REPORTS_KEPT))
+    is_cold: bool = False  # the only report is of one step alone
 
-    def add(self, timings: Iterable[StepTiming]) -> None:
-        """Take a report's means. Only pure decode steps count (one token for each sequence), and no step alone.
-
-        A step alone may be the first of its shape, which prepares kernels and buffers: the probe is such a one.
+    def add(self, timing: StepTiming) -> None:
+        """Take a report. The first step of a shape may prepare kernels and buffers: alone, it counts only until the
+        next report, and not at all for times.
         """
-        for timing in timings:
-            if timing.count < 2 or timing.num_tokens != timing.num_sequences or timing.num_sequences < 1:
-                continue
-            table = self.mean_s.setdefault(timing.concurrency, {})
-            known = table.get(timing.num_sequences)
-            if known is None:
-                table[timing.num_sequences] = timing.mean_s
-            else:
-                table[timing.num_sequences] += _NEW_WEIGHT * (timing.mean_s - known)
+        if self.is_cold:
+            self.reports.clear()
+        self.is_cold = timing.count == 1 and not self.reports and not self.is_cold
+        self.reports.append((timing.num_sequences, timing.num_tokens - timing.num_sequences, timing.mean_s))
 
-    def knows(self, num_sequences: int, *, concurrency: int = 1) -> bool:
-        """Whether a step of at most so many sequences was measured at this concurrency."""
-        return any(size <= num_sequences for size in self.mean_s.get(concurrency, ()))
 
-    def at(self, num_sequences: int, *, concurrency: int = 1) -> float | None:
-        """The time for a step of so many sequences, in seconds; None when nothing was measured at this concurrency.
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A rising line through measured points."""
 
-        Between two measured sizes on the line through them; outside them as at the nearest, so that splitting or
-        joining promises nothing that was not seen. Never falls with the size: a smaller step is not slower.
-        """
-        table = self.mean_s.get(concurrency)
-        if not table:
-            return None
-        sizes = sorted(table)
-        times = [table[size] for size in sizes]
+    sizes: tuple[float, ...]
+    times: tuple[float, ...]
+
+    @classmethod
+    def through(cls, points: Mapping[float, float]) -> _Curve:
+        """Made to rise where noise makes it fall: a smaller step is not slower than a larger one."""
+        sizes = sorted(points)
+        times = [points[size] for size in sizes]
         for index in range(len(times) - 2, -1, -1):
             times[index] = min(times[index], times[index + 1])
-        right = bisect_left(sizes, num_sequences)
-        if right == len(sizes):
-            return times[-1]
-        if right == 0 or sizes[right] == num_sequences:
-            return times[right]
-        part = (num_sequences - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        return times[right - 1] + part * (times[right] - times[right - 1])
+        return cls(tuple(sizes), tuple(times))
+
+    def between(self, size: float) -> float:
+        """For a size from the smallest to the largest."""
+        right = bisect_left(self.sizes, size)
+        if self.sizes[right] == size:
+            return self.times[right]
+        left = right - 1
+        part = (size - self.sizes[left]) / (self.sizes[right] - self.sizes[left])
+        return self.times[left] + part * (self.times[right] - self.times[left])
+
+    def of_sequences(self, size: float) -> float:
+        """Time by number of sequences: below the smallest as hoped, above the largest as there."""
+        if size < self.sizes[0]:
+            return self.times[0] * max(size / self.sizes[0], _UNSEEN_SMALLER)
+        return self.times[-1] if size > self.sizes[-1] else self.between(size)
+
+    def of_tokens(self, size: float) -> float:
+        """Time by prompt tokens: in proportion below the smallest and above the largest."""
+        for edge in (0, -1):
+            if (size < self.sizes[edge]) if edge == 0 else (size > self.sizes[edge]):
+                return self.times[edge] * size / self.sizes[edge]
+        return self.between(size)
+
+
+class StepTimes:
+    """One stage's measured times by concurrency, number of sequences and prompt tokens."""
+
+    def __init__(self) -> None:
+        self._decodes: dict[int, dict[int, _Shape]] = {}  # by concurrency and sequences
+        self._prompts: dict[int, dict[int, _Shape]] = {}  # by concurrency and octave of prompt tokens
+        self._decode_curves: dict[int, _Curve] = {}
+        self._prompt_curves: dict[int, _Curve] = {}
+
+    def add(self, timings: Iterable[StepTiming]) -> None:
+        """Take a report's means. Those of no step are passed over."""
+        for timing in timings:
+            if timing.count < 1 or not 1 <= timing.num_sequences <= timing.num_tokens:
+                continue
+            extra = timing.num_tokens - timing.num_sequences
+            if extra:
+                shapes, key = self._prompts, extra.bit_length()
+            else:
+                shapes, key = self._decodes, timing.num_sequences
+            shapes.setdefault(timing.concurrency, {}).setdefault(key, _Shape()).add(timing)
+        self._draw()
+
+    def _draw(self) -> None:
+        decodes = {
+            concurrency: {
+                float(size): median_low(mean_s for _, _, mean_s in shape.reports)
+                for size, shape in shapes.items()
+                if not shape.is_cold
+            }
+            for concurrency, shapes in self._decodes.items()
+        }
+        self._decode_curves = {key: _Curve.through(points) for key, points in decodes.items() if points}
+        prompts = {
+            concurrency: dict(self._prompt_point(shape, concurrency) for shape in shapes.values() if not shape.is_cold)
+            for concurrency, shapes in self._prompts.items()
+        }
+        self._prompt_curves = {key: _Curve.through(points) for key, points in prompts.items() if points}
+
+    def _prompt_point(self, shape: _Shape, concurrency: int) -> tuple[float, float]:
+        """Prompt tokens, and what they add to a step: the middle one of the reports.
+
+        All of the step's time where decodes were not measured yet.
+        """
+        costs = []
+        for num_sequences, extra, mean_s in shape.reports:
+            base_s = self._decode(num_sequences, concurrency) or 0.0
+            costs.append((max(mean_s - base_s, 0.0) / extra, extra))
+        token_s, _ = median_low(costs)
+        tokens = median_low(extra for _, extra in costs)
+        return float(tokens), token_s * tokens
+
+    def at(self, num_sequences: float, prompt_tokens: float = 0.0, *, concurrency: int = 1) -> float | None:
+        """The time of a step of so many sequences and, beyond one token of each, prompt tokens; in seconds.
+
+        None when nothing like it was measured: no decode step, or with prompt tokens no step with prompt tokens.
+        Between two measured sizes on the line through them; what else was not measured as the module's docstring says.
+        """
+        base_s = self._decode(num_sequences, concurrency)
+        if prompt_tokens <= 0:
+            return base_s
+        added_s = _beside(self._prompt_curves, concurrency, lambda curve: curve.of_tokens(prompt_tokens))
+        return None if added_s is None else (base_s or 0.0) + added_s
+
+    def _decode(self, num_sequences: float, concurrency: int) -> float | None:
+        if num_sequences <= 0:
+            return 0.0
+        return _beside(self._decode_curves, concurrency, lambda curve: curve.of_sequences(num_sequences))
+
+    @property
+    def most_prompt_tokens(self) -> float:
+        """The most prompt tokens of a step that was measured, at any concurrency; 0 for none."""
+        return max((curve.sizes[-1] for curve in self._prompt_curves.values()), default=0.0)
+
+
+def _beside(curves: Mapping[int, _Curve], concurrency: int, read: Callable[[_Curve], float]) -> float | None:
+    """Read the curve of this concurrency, or what is to be hoped for from another's."""
+    if concurrency in curves:
+        return read(curves[concurrency])
+    fewer = max((key for key in curves if key < concurrency), default=None)
+    if fewer is not None:
+        return read(curves[fewer])
+    more = min(curves, default=None)
+    if more is None:
+        return None
+    return read(curves[more]) * min(_UNSEEN_ALONE * concurrency / more, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,40 +218,123 @@ class StagePace:
 
     num_sharing: int  # stages on its device, itself included
     times: StepTimes
-    link_delay_s: float  # one way, into this stage
+    link_delay_s: float = 0.0  # one way, into this stage; the last token's way back to the master is in the first's
+    link_token_s: float = 0.0  # what the link into this stage takes for a token's activation
 
-    def concurrency(self, num_steps: int) -> int:
-        """Stages on its device that compute at once with so many steps in flight."""
-        return min(num_steps, self.num_sharing)
+    def step_s(self, shape: StepShape, *, num_steps: int) -> float | None:
+        """The stage's time for such a step with so many steps in flight."""
+        concurrency = min(num_steps, self.num_sharing)
+        return self.times.at(shape.num_sequences, shape.prompt_tokens, concurrency=concurrency)
 
-
-def tokens_per_second(stages: Sequence[StagePace], *, num_sequences: int, num_steps: int) -> float | None:
-    """The formula above; None when a stage was not measured yet."""
-    trip_s = longest_s = 0.0
-    for stage in stages:
-        time_s = stage.times.at(-(-num_sequences // num_steps), concurrency=stage.concurrency(num_steps))
-        if time_s is None:
-            return None
-        trip_s += time_s + stage.link_delay_s
-        longest_s = max(longest_s, time_s)
-    slowest_s = max(trip_s, num_steps * longest_s)
-    return num_sequences / slowest_s if slowest_s > 0 else None
+    def link_s(self, shape: StepShape) -> float:
+        """How long the link into this stage is taken by such a step, apart from its delay."""
+        return self.link_token_s * (shape.num_sequences + shape.prompt_tokens)
 
 
-def choose_steps_in_flight(stages: Sequence[StagePace], *, num_sequences: int) -> int:
-    """The fewest steps in flight that no larger number beats by a margin.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """A step's size: sequences, and prompt tokens beyond one for each of them."""
 
-    1 while a stage is not measured at all; 2 where only the time of half as many sequences under two steps is missing.
+    num_sequences: int
+    prompt_tokens: float = 0.0
+
+
+Shapes = Mapping[StepShape, int]
+"""The steps in flight: how many there are of each shape."""
+
+ChunkLimit = Callable[[int], float]
+"""Most prompt tokens of one step when so many steps are in flight."""
+
+
+def split(mix: Mix, *, num_steps: int, chunk_tokens: float) -> Shapes:
+    """Share the mix out evenly over so many steps, none with more prompt tokens than `chunk_tokens`.
+
+    Where the prompts' tokens don't fit, the prompts that come first are computed and the others wait.
     """
-    best_steps = 1
-    best_rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=1) if stages else None
-    if best_rate is None or num_sequences < 2:
+    shapes: Counter[StepShape] = Counter()
+    for index in range(num_steps):
+        decodes = (mix.num_decodes + index) // num_steps
+        prompts = (mix.num_prompts + num_steps - 1 - index) // num_steps  # where there is a decode less
+        tokens = 0.0
+        if prompts:
+            each = mix.prompt_tokens / mix.num_prompts
+            tokens = min(prompts * each, chunk_tokens)
+            prompts = min(prompts, -int(-tokens // each))
+        shapes[StepShape(num_sequences=decodes + prompts, prompt_tokens=max(tokens - prompts, 0.0))] += 1
+    return shapes
+
+
+def cycle_s(stages: Sequence[StagePace], shapes: Shapes) -> float | None:
+    """Seconds until each of these steps is back once, with all of them in flight; None when a stage is not measured."""
+    num_steps = sum(shapes.values())
+    trips = dict.fromkeys(shapes, 0.0)
+    busiest_s = 0.0
+    for stage in stages:
+        stage_s = wire_s = 0.0
+        for shape, count in shapes.items():
+            step_s = stage.step_s(shape, num_steps=num_steps)
+            if step_s is None:
+                return None
+            link_s = stage.link_s(shape)
+            trips[shape] += step_s + link_s + stage.link_delay_s
+            stage_s += count * step_s
+            wire_s += count * link_s
+        busiest_s = max(busiest_s, stage_s, wire_s)
+    return max(busiest_s, *trips.values())
+
+
+def choose_steps_in_flight(stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: ChunkLimit) -> int:
+    """The fewest steps in flight that no larger number beats by a margin, for what there is to compute.
+
+    `chunk_tokens` is asked for the prompt tokens that one step may have. Before the stages are measured: one step for
+    decodes, so that they are measured alone; for prompts one for each stage, since their time grows with their tokens.
+    """
+    most = min(mix.num_sequences, MOST_STEPS)
+    if most < 2 or not stages:
         return 1
-    half = -(-num_sequences // 2)
-    if len(stages) > 1 and not all(s.times.knows(half, concurrency=s.concurrency(2)) for s in stages):
-        return 2
-    for num_steps in range(2, min(num_sequences, MOST_STEPS) + 1):
-        rate = tokens_per_second(stages, num_sequences=num_sequences, num_steps=num_steps)
-        if rate is not None and rate > best_rate * WORTHWHILE:
+    worth = _Worth.of(stages, mix, chunk_tokens(1))
+    if worth is None:
+        return min(len(stages), most, max(mix.prompt_tokens // _UNTRIED_TOKENS, 1))
+    best_steps, best_rate = 1, 0.0
+    for num_steps in _CANDIDATES:
+        if num_steps > most:
+            break
+        shapes = split(mix, num_steps=num_steps, chunk_tokens=chunk_tokens(num_steps))
+        seconds = cycle_s(stages, shapes)
+        if not seconds:  # times of zero promise nothing
+            continue
+        rate = worth.of_steps(mix, shapes) / seconds
+        if rate > best_rate * WORTHWHILE:
             best_steps, best_rate = num_steps, rate
     return best_steps
+
+
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """What tokens are worth: the time that all stages would take for them, one step after the other.
+
+    A prompt's token is worth little where a step hardly notices it and much where it is what the step's time is.
+    """
+
+    decodes_s: float  # one token of each decode
+    prompt_token_s: float
+
+    @classmethod
+    def of(cls, stages: Sequence[StagePace], mix: Mix, chunk_tokens: float) -> _Worth | None:
+        """None when a stage was not measured for such a mix."""
+        (shape,) = split(mix, num_steps=1, chunk_tokens=chunk_tokens)
+        tokens = shape.num_sequences - mix.num_decodes + shape.prompt_tokens
+        decodes_s = whole_s = 0.0
+        for stage in stages:
+            alone_s = stage.step_s(StepShape(num_sequences=mix.num_decodes), num_steps=1)
+            step_s = stage.step_s(shape, num_steps=1)
+            if step_s is None:
+                return None
+            decodes_s += alone_s or 0.0
+            whole_s += step_s
+        return cls(decodes_s, max(whole_s - decodes_s, 0.0) / tokens if tokens else 0.0)
+
+    def of_steps(self, mix: Mix, shapes: Shapes) -> float:
+        """All that these steps compute."""
+        computed = sum(count * (shape.num_sequences + shape.prompt_tokens) for shape, count in shapes.items())
+        return self.decodes_s + self.prompt_token_s * (computed - mix.num_decodes)

@@ -119,6 +119,7 @@ def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | N
     head = _bytes_of(model, plan.probed.after)
     embedding = _bytes_of(model, plan.probed.before)
     tied = model.get_submodule(plan.head).weight is model.get_submodule(plan.embedding).weight
+    max_context = _max_context(config)
     return ModelCosts(
         name=name,
         hidden_size=int(plan.probed.hidden.size_per_token),
@@ -128,9 +129,31 @@ def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | N
         head_bytes=head,
         tied_embedding=tied,
         activation_bytes_per_token=plan.probed.hidden.size_per_token * DTYPES[dtype].itemsize,
-        max_context=_max_context(config),
+        max_context=max_context,
         element_bytes=DTYPES[dtype].itemsize,
+        context_costs=_context_costs(config, stack, plan, max_context),
     )
+
+
+def _context_costs(
+    config: PreTrainedConfig, stack: nn.Module, plan: FamilyPlan, max_context: int
+) -> tuple[tuple[int, float], ...]:
+    """Operations of a token for each position that it attends to, over those of its matrix products, by window."""
+    text = config.get_text_config()
+    experts = int(getattr(text, "num_experts", 0) or getattr(text, "num_local_experts", 0) or 0)
+    used = int(getattr(text, "num_experts_per_tok", 0) or experts)
+    linear = 0.0
+    for weight in stack.parameters():
+        if weight.dim() < 2:
+            continue
+        is_of_experts = weight.dim() == 3 and experts > 0 and weight.shape[0] == experts
+        linear += 2 * weight.numel() * (used / experts if is_of_experts else 1)
+    by_window: dict[int, int] = {}
+    for layer in plan.probed.layers:
+        for attention in layer.attentions:
+            window = min(attention.window or max_context, max_context)
+            by_window[window] = by_window.get(window, 0) + attention.operations_per_position
+    return tuple((window, operations / linear) for window, operations in sorted(by_window.items()))
 
 
 def _max_context(config: PreTrainedConfig) -> int:

@@ -89,6 +89,12 @@ class AttentionFacts:
     module: str  # a path inside the layer; empty for the layer itself
     kv: KvShape
     window: int | None  # each position sees itself and the `window - 1` before it
+    query_heads: int
+
+    @property
+    def operations_per_position(self) -> int:
+        """Floating-point operations of one token for each position that it attends to."""
+        return 2 * self.query_heads * (self.kv.key_dim + self.kv.value_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +246,7 @@ class _Port:
             raise ProbeError(f"layer {self._seen.index} has heads that don't fit each other")
         shape = KvShape(heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
         window = call.window if mask is None else _window_of(mask, self._seen.index)
-        self._seen.attentions.append(AttentionFacts(self._name, shape, window))
+        self._seen.attentions.append(AttentionFacts(self._name, shape, window, query.shape[1]))
         out = query.new_empty((1, _TOKENS, query.shape[1], value.shape[3]))
         _set_mark(out, _mark_of(query) | _mark_of(key) | _mark_of(value))
         return out

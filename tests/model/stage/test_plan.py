@@ -56,6 +56,29 @@ def test_costs_are_bytes_in_the_compute_dtype():
     assert half.layer_kv_bytes_per_token == (2 * 2 * 16 * 2,) * 5
 
 
+def test_attention_to_a_position_costs_a_part_of_a_tokens_matrix_products():
+    """Two products for each head, 2 operations each, beside 2 for each weight of the layers."""
+    config = tiny_config("llama")
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    linear = 2 * sum(p.numel() for layer in whole.model.layers for p in layer.parameters() if p.dim() > 1)
+    attended = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    assert costs_of(config).context_costs == ((256, pytest.approx(attended / linear)),)
+
+
+def test_windows_bound_what_attention_costs():
+    (window, short), (context, whole) = costs_of(tiny_config("gemma3_text")).context_costs
+    assert (window, context) == (6, 256)
+    assert short == pytest.approx(2 * whole)  # four layers of six
+
+
+def test_of_a_mixture_of_experts_those_that_a_token_uses_count():
+    few, all_of_them = (tiny_config("mixtral", num_experts_per_tok=used) for used in (1, 4))
+    assert few.num_local_experts == 4
+    ((_, cost),), ((_, less),) = costs_of(few).context_costs, costs_of(all_of_them).context_costs
+    assert cost > 1.5 * less
+
+
 def test_costs_of_a_large_model_take_no_memory_for_it():
     """A model of 500 billion parameters is described like any other."""
     config = AutoConfig.for_model(

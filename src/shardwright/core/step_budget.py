@@ -1,0 +1,140 @@
+"""How many prompt tokens a step may take, so that decodes never starve behind prompts. Knows times, no sequences.
+
+A prompt's tokens cost more the longer the prefix that they attend to. They are counted in *effective tokens*: one is
+the cost of a token at the start of a prompt. So a budget of effective tokens keeps a step's time about constant, and
+the chunk shrinks as the prefix grows.
+
+While no sequence decodes, a step takes what a whole chunk of `token_budget` tokens at the start of a prompt costs.
+While some do, the gap between two tokens of each of them is to stay below `max_gap_ratio` times the gap that they would
+have without prompts. Steps pass each stage in their order, so of what a step's prompt tokens add, a sequence's gap
+holds
+
+    own step: sum over stages (e_i(x) + link_i(x))  +  each other step in flight: at most max over stages e_i(x)
+
+(a step that is behind another at one stage has that wait behind it at the next). The largest x that keeps the promise
+is taken; it holds whichever steps carry the prompts, and for links as for stages: a chunk's time on a link is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwright.core.step_times import Mix, StagePace, StepShape, choose_steps_in_flight, cycle_s, split
+
+UNMEASURED_TOKENS = 64
+"""Prompt tokens of a step beside decodes before both were measured."""
+
+LEAST_TOKENS = 16
+"""A step takes as many tokens of a prompt, whatever they cost: prompts always advance."""
+
+_RAMP = 2.0
+"""A step takes at most so many times the prompt tokens that were measured: its time may grow faster than theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextCost:
+    """What attention adds to a prompt's tokens: pairs of (window, cost of one attended position for a token), with a
+    token's linear part as the unit, as in `ModelCosts.context_costs`.
+    """
+
+    terms: tuple[tuple[int, float], ...] = ()
+
+    def effective(self, num_tokens: int, *, prefix: int) -> float:
+        """The cost of so many tokens behind so many positions, in tokens without context."""
+        total = float(num_tokens)
+        for window, cost in self.terms:
+            rising = min(max(window - prefix, 0), num_tokens)  # tokens that still see all before them
+            attended = rising * prefix + rising * (rising + 1) // 2 + (num_tokens - rising) * window
+            total += cost * attended
+        return total
+
+    def most_tokens(self, effective: float, *, prefix: int, at_most: int) -> int:
+        """The most tokens behind this prefix that cost no more than so many effective tokens."""
+        low, high = 0, max(at_most, 0)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.effective(middle, prefix=prefix) <= effective:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+class PromptBudget:
+    """One step's allowance of prompt tokens. Ask `grant`, then tell with `spend` what was taken."""
+
+    def __init__(self, context: ContextCost, *, effective: float, tokens: int) -> None:
+        self._context = context
+        self._effective = effective  # left
+        self._tokens = tokens  # left of the step's hard token budget
+        self._is_untouched = True
+
+    def grant(self, *, prefix: int, wanted: int) -> int:
+        """How many of a sequence's next tokens the step may take, up to `wanted`; 0 when it has enough.
+
+        The first sequence gets `LEAST_TOKENS` whatever they cost; a later one as many at least, or none: crumbs of
+        many prompts cost more than they bring.
+        """
+        wanted = min(wanted, self._tokens)
+        least = min(wanted, LEAST_TOKENS)
+        count = self._context.most_tokens(self._effective, prefix=prefix, at_most=wanted)
+        if count >= least:
+            return count
+        return least if self._is_untouched else 0
+
+    def spend(self, *, prefix: int, count: int) -> None:
+        """So many tokens behind so many positions were put into the step."""
+        assert 0 <= count <= self._tokens, f"{count} tokens of {self._tokens}"
+        self._tokens -= count
+        self._effective -= self._context.effective(count, prefix=prefix)
+        self._is_untouched = False
+
+
+def chunk_limit(
+    stages: Sequence[StagePace], *, num_decodes: int, num_steps: int, most_tokens: float, max_gap_ratio: float
+) -> float:
+    """Effective prompt tokens that each of so many steps in flight may have beside these decodes, as said above.
+
+    `most_tokens` while nothing decodes, and never more; `UNMEASURED_TOKENS` before decodes and prompts were measured;
+    never fewer than `LEAST_TOKENS`.
+    """
+    if num_decodes == 0:
+        return most_tokens
+    known = min((stage.times.most_prompt_tokens for stage in stages), default=0.0)
+    gap_s = decode_gap_s(stages, num_decodes=num_decodes)
+    base_s = cycle_s(stages, split(Mix(num_decodes=num_decodes), num_steps=num_steps, chunk_tokens=0.0))
+    if not known or gap_s is None or base_s is None:
+        return min(UNMEASURED_TOKENS, most_tokens)
+    allowed_s = max_gap_ratio * gap_s - base_s
+    low, high = LEAST_TOKENS, int(min(most_tokens, max(_RAMP * known, UNMEASURED_TOKENS)))
+    own = -(-num_decodes // num_steps)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _added_s(stages, own, middle, num_steps) <= allowed_s:
+            low = middle
+        else:
+            high = middle - 1
+    return min(float(low), most_tokens)
+
+
+def decode_gap_s(stages: Sequence[StagePace], *, num_decodes: int) -> float | None:
+    """The gap between two tokens of a sequence without prompts, in as many steps in flight as are best then."""
+    mix = Mix(num_decodes=num_decodes)
+    num_steps = choose_steps_in_flight(stages, mix, chunk_tokens=lambda _: 0.0)
+    return cycle_s(stages, split(mix, num_steps=num_steps, chunk_tokens=0.0))
+
+
+def _added_s(stages: Sequence[StagePace], num_decodes: int, tokens: int, num_steps: int) -> float:
+    """The most by which so many prompt tokens in every step delay a sequence's next token."""
+    without = StepShape(num_sequences=num_decodes)
+    with_prompt = StepShape(num_sequences=num_decodes + 1, prompt_tokens=tokens - 1)
+    own_s = longest_s = 0.0
+    for stage in stages:
+        base_s = stage.step_s(without, num_steps=num_steps)
+        step_s = stage.step_s(with_prompt, num_steps=num_steps)
+        assert base_s is not None and step_s is not None, "the stages are measured"  # noqa: PT018
+        link_s = stage.link_token_s * tokens
+        own_s += step_s - base_s + link_s
+        longest_s = max(longest_s, step_s - base_s, link_s)
+    return own_s + (num_steps - 1) * longest_s
