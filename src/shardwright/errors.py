@@ -20,7 +20,8 @@
     │   ├── VersionMismatchError
     │   ├── StageLoadError
     │   ├── LinkLostError
-    │   └── AddressInUseError
+    │   ├── AddressInUseError
+    │   └── HttpServerError             an OpenAI-compatible server can't be reached, or refuses
     ├── ProtocolError                4  a peer broke the protocol
     │   ├── FrameError                  a frame lies about its dtype, shape or length
     │   └── StaleEpochError
@@ -127,6 +128,15 @@ class LinkLostError(ClusterError):
 
 class AddressInUseError(ClusterError):
     """A port can't be listened on, because another process has it."""
+
+
+class HttpServerError(ClusterError):
+    """An OpenAI-compatible server, not ours to start, can't be reached, refuses, or answers what is no answer."""
+
+    def __init__(self, message: str, *, kind: str = "no answer") -> None:
+        """`kind` is the same for all errors of one kind, to count them by."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class ProtocolError(ShardwrightError):

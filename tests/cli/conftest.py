@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from dataclasses import dataclass, field
 
 import pytest
@@ -169,3 +170,11 @@ def fake_start(monkeypatch):
     start = FakeStart()
     monkeypatch.setattr("shardwright.cli.generate.session_for", start)
     return start
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine's loopback that nothing listens on."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return closed.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from shardwright.errors import ShardwrightError
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 BROKEN_PIPE = 141  # the same for one whose reader went away
+
+# All but tab and newline: C0 with escape, C1 with its one-byte control sequences, and halves of characters.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +49,11 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print a warning: the command goes on."""
     say(f"warning: {message}")
+
+
+def harmless(text: str) -> str:
+    """Text of a model or a server as it may be shown in a terminal: it can't steer it, only fill it."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
 def one_sentence(error: BaseException) -> str:

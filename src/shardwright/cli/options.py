@@ -13,6 +13,7 @@ from shardwright.cli.console import CliState
 from shardwright.config import DEFAULT_MODEL, Config, MasterConfig, WorkerConfig, read_config
 
 DEFAULT_CONFIG_FILE = Path("shardwright.toml")
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
@@ -82,6 +83,21 @@ TokenBudget = Annotated[
 StepsInFlight = Annotated[
     int | None,
     typer.Option("--steps-in-flight", metavar="N", help="Steps under way at once; 0: chosen from measurements."),
+]
+Url = Annotated[
+    str, typer.Option("--url", metavar="URL", help="The API's address; /v1 is added where there is no path.")
+]
+ServedModel = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Default: the first that the server names.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", help="The server's API key, if it wants one.", envvar="SHARDWRIGHT_API_KEY"
+    ),
+]
+RequestTimeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="How long the server may send nothing.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on standard output.")]
 
