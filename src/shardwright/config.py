@@ -63,12 +63,14 @@ class MasterConfig:
     block_size: int = 16
     token_budget: int = 512  # most tokens that one step computes
     max_running: int = 64  # most sequences that hold KV blocks
+    max_waiting: int = 512  # most requests that wait for their first place; over it they are refused; 0: any number
     kv_tokens: int = 65536  # most KV positions, whatever memory there is
     steps_in_flight: int = 0  # 0: chosen from measurements
     prefix_cache: bool = True
     connect_timeout_s: float = 10.0
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
+    probe_interval_s: float = 5.0  # an idle pipeline is tried this often with a token of the master's own; 0: never
     max_frame_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:
@@ -77,11 +79,14 @@ class MasterConfig:
         _check_range("block_size", self.block_size, 1, 1024)
         _check_range("token_budget", self.token_budget, 1, 1 << 20)
         _check_range("max_running", self.max_running, 1, 1 << 16)
+        _check_range("max_waiting", self.max_waiting, 0, 1 << 20)
         _check_range("kv_tokens", self.kv_tokens, self.block_size, None)
         _check_range("steps_in_flight", self.steps_in_flight, 0, 1024)
         for name in ("metrics_interval_s", "connect_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
+        if not self.probe_interval_s >= 0:
+            raise ConfigError(f"probe_interval_s is {self.probe_interval_s}; it must be 0 (never) or above")
 
 
 TOOL_STYLES = ("auto", "none", "hermes", "llama3", "gemma3", "functiongemma", "gemma4")

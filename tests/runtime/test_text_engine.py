@@ -39,15 +39,14 @@ def saying(text, *, end=END):
 async def serving(answer=None, *, codec=True, **settings):
     """A text engine over a fake pipeline, with both and the master's engine."""
     pipeline = FakePipeline() if answer is None else FakePipeline(answer=answer)
-    kinds = ("grammar_check", "default_timeout_s")
-    options = {name: settings.pop(name) for name in kinds if name in settings}
+    grammar_check = settings.pop("grammar_check", None)
     async with fake_master(pipeline, **settings) as engine:
         texts = SessionTextEngine(
             engine,
             model=MODEL,
             codec=ByteCodec() if codec else None,
             end_ids=frozenset({END}),
-            **({"grammar_check": None} | options),
+            grammar_check=grammar_check,
         )
         yield texts, pipeline, engine
 
@@ -355,13 +354,6 @@ async def test_a_request_whose_time_is_up_ends_with_what_there_is():
     assert text_of(events).startswith("a")
     assert end_of(events).reason is FinishReason.DEADLINE
     assert end_of(events).message
-
-
-async def test_a_request_without_a_time_limit_has_the_engines():
-    async with serving(default_timeout_s=0.1) as (texts, pipeline, _):
-        pipeline.open_.clear()
-        events = await answer_to(texts)
-    assert end_of(events).reason is FinishReason.DEADLINE
 
 
 # --- scored prompts ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -193,6 +193,7 @@ async def answer_prompts(
     options: Sequence[str],
 ) -> int:
     """Open a session, answer all prompts, print; gives the exit code: that of the first prompt that failed, or 0."""
+    config = replace(config, max_waiting=0)  # all prompts are one user's, however many
     async with session_for(config, local_workers=local_workers, options=options) as session:
         answers = [Answer(prompt=prompt) for prompt in prompts]
         printer: Printer = (

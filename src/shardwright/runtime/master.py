@@ -272,7 +272,7 @@ class MasterEngine:
 
     def is_ready(self) -> bool:
         """Whether a real token went through the real pipeline lately."""
-        return not self._closed and self._crash is None and self._state.snapshot().ready
+        return not self._closed and self._crash is None and self._state.is_ready(self._now())
 
     @property
     def loaded(self) -> Mapping[WorkerId, LoadDone]:

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +23,7 @@ from shardwright.config import MasterConfig
 from shardwright.core.master import MasterState
 from shardwright.core.placement import PlacementSettings, place
 from shardwright.core.settings import CoreSettings
-from shardwright.engine import RequestEvent
+from shardwright.engine import RequestEvent, ServedModel
 from shardwright.errors import (
     ClusterError,
     InvalidRequestError,
@@ -32,12 +33,14 @@ from shardwright.errors import (
     WorkerUnreachableError,
 )
 from shardwright.model.checkpoint import Checkpoint
+from shardwright.runtime.grammar_check import GrammarCheck
 from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.metrics import MetricsWriter
 from shardwright.runtime.model_files import ModelFiles, resolve_model
 from shardwright.runtime.registry import WorkerEntry
 from shardwright.runtime.stoppable import StoppedError, in_thread
 from shardwright.runtime.tensor_hashes import hash_tensors
+from shardwright.runtime.text_engine import SessionTextEngine
 from shardwright.runtime.tokenizer import Tokenizer
 from shardwright.runtime.weight_sender import Progress, send_stage
 from shardwright.transport.base import Transport, WorkerClient
@@ -245,6 +248,7 @@ class Session:
         self.model = model
         self.workers = tuple(workers)
         self._tokenizer = tokenizer
+        self._ready_at = int(datetime.now(tz=UTC).timestamp())
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -292,6 +296,33 @@ class Session:
     def vocab_size(self) -> int:
         """Token ids lie below this."""
         return self.model.files.vocab_size
+
+    @functools.cached_property
+    def text_engine(self) -> SessionTextEngine:
+        """The model as the API serves it: text in and out, grammars, choices."""
+        tokenizer = self._tokenizer
+        return SessionTextEngine(
+            self.engine,
+            model=ServedModel(
+                name=self.model.files.name,
+                created=self._ready_at,
+                context_length=self.context_length,
+                vocab_size=self.vocab_size,
+                has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+                has_tokenizer=tokenizer is not None,
+                chat_template=tokenizer.chat_template if tokenizer is not None else "",
+            ),
+            codec=tokenizer,
+            end_ids=self.end_ids,
+            grammar_check=GrammarCheck(tokenizer.vocabulary, vocab_size=self.vocab_size) if tokenizer else None,
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its answer: what the model was made for, or what the KV blocks hold."""
+        stages = self.engine.snapshot().stages
+        capacity = self.engine.snapshot().num_blocks * stages[0].block_size if stages else self.model.costs.max_context
+        return min(self.model.costs.max_context, capacity)
 
     async def refresh(self) -> None:
         """Ask every worker for its state now, so that the table is up to date."""
@@ -394,9 +425,11 @@ def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -
         min_kv_tokens=min_kv_tokens(config, costs),
         token_budget=config.token_budget,
         max_running=config.max_running,
+        max_waiting=config.max_waiting or None,
         prefix_cache=config.prefix_cache,
         max_steps_in_flight=config.steps_in_flight or None,
         heartbeat_timeout_s=config.heartbeat_timeout_s,
+        probe_interval_s=config.probe_interval_s or None,
         first_epoch=first_epoch,
     )
 

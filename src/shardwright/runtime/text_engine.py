@@ -92,14 +92,12 @@ class SessionTextEngine:
         codec: StreamingCodec | None,
         end_ids: frozenset[TokenId],
         grammar_check: Callable[[Grammar], None] | None,
-        default_timeout_s: float | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._codec = codec
         self._end_ids = end_ids
         self._grammar_check = grammar_check
-        self._default_timeout_s = default_timeout_s
         self._token_bytes: dict[TokenId, bytes] = {}
 
     @property
@@ -146,7 +144,7 @@ class SessionTextEngine:
         ends = request.stop_token_ids if request.ignore_eos else request.stop_token_ids | self._end_ids
         stop = StopConditions(max_new_tokens=max_new_tokens, stop_token_ids=ends)
         generation = _Generation(self._engine, self, request, stop)
-        generation.start(timeout_s=self._default_timeout_s if request.timeout_s is None else request.timeout_s)
+        generation.start()
         return MailReader(generation.mailbox, generation.give_up)
 
     def stream(self, *, keep_special: bool) -> TextStream | None:
@@ -235,7 +233,7 @@ class _Generation:
         self._scores: list[TokenScore] | None = None if request.num_prompt_logprobs is None else []
         self._before_scores: list[GenerationEvent] = []  # what came while the prompt was not scored to its end
 
-    def start(self, *, timeout_s: float | None) -> None:
+    def start(self) -> None:
         """Queue every choice, or none: raises what the master raises."""
         request = self._request
         try:
@@ -248,7 +246,7 @@ class _Generation:
                     functools.partial(self._take, choice),
                     rules=request.rules,
                     num_prompt_logprobs=request.num_prompt_logprobs if index == 0 else None,
-                    timeout_s=timeout_s,
+                    timeout_s=request.timeout_s,
                 )
                 self._choices.append(choice)
         except BaseException:
