@@ -134,6 +134,13 @@ class Grammar:
             raise InvalidRequestError(
                 f"the {self.kind.value} has {len(self.source)} characters; at most {MAX_GRAMMAR_CHARS} are taken"
             )
+        try:
+            self.source.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequestError(
+                f"the {self.kind.value} holds half a surrogate pair, U+{ord(self.source[exc.start]):04X}, at "
+                f"character {exc.start}; that is no text"
+            ) from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
