@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from shardwright.model.sampling import _draw, sample, uniform
+from shardwright.model.sampling import _draw as _draw_rows, sample, uniform
+
+
+def _draw(row, params, u):
+    return _draw_rows(row[None], [params], [u])[0]
 from shardwright.types import SamplingParams
 
 GREEDY = SamplingParams()

@@ -7,7 +7,7 @@ the stage's KV blocks (`attention.py`). It has no thread and no lock: whoever ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,27 @@ from torch.utils import _pytree as pytree
 from shardwright.errors import ConfigError, FrameError
 from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
+from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, can_pack, pack_linear
 from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
-from shardwright.model.sampling import sample
+from shardwright.model.sampler_state import SamplerStates, SequenceState
+from shardwright.model.sampling import sample, score
 from shardwright.model.skeleton import StageEnd
+from shardwright.model.vocabulary import decode_vocabulary
 from shardwright.model.weights import load_weights
-from shardwright.types import LayerRange, PromptScores, SamplingParams, SequenceSlice, StepInput, TokenOut
+from shardwright.types import (
+    MAX_TOP_LOGPROBS,
+    LayerRange,
+    PromptScores,
+    SamplingParams,
+    SequenceSlice,
+    StepInput,
+    TokenId,
+    TokenOut,
+    TokenScore,
+)
 
 HIDDEN = "hidden"
 
@@ -35,7 +48,7 @@ class StageOutput:
 
     tensors: dict[str, torch.Tensor]  # "hidden" [tokens, hidden] and what travels beside it
     tokens: tuple[TokenOut, ...]  # one for each slice that asked for one, in the step's order
-    prompt_scores: tuple[PromptScores, ...] = ()  # one for each slice whose prompt is to be scored
+    prompt_scores: tuple[PromptScores, ...] = ()  # of slices that asked for them, where a token of the prompt follows
 
 
 def build_stage(
@@ -50,13 +63,17 @@ def build_stage(
     block_size: int,
     raw: RawTensors,
     progress: Callable[[int], None],
+    vocabulary: bytes | None = None,
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
 
-    `progress` gets the bytes of `raw` used so far. Raises `ConfigError` for a device or dtype that can't be used,
-    `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights that don't fit.
+    `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
+    without which the last stage follows no grammars. Raises `ConfigError` for a device or dtype that can't be used,
+    `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
+    fit.
     """
     torch_dtype, torch_device = find_dtype(dtype), find_device(device)
+    tokens = None if vocabulary is None else decode_vocabulary(vocabulary)
     config = read_config(config_json)
     plan = plan_family(config)
     model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
@@ -76,6 +93,7 @@ def build_stage(
         device=torch_device,
         num_blocks=num_blocks,
         block_size=block_size,
+        compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
     )
 
 
@@ -118,6 +136,7 @@ class Stage:
         device: torch.device,
         num_blocks: int,
         block_size: int,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
         self.layers = layers
         self.is_first = is_first
@@ -129,6 +148,7 @@ class Stage:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._vocabulary = plan.vocabulary
+        self._states = SamplerStates(plan.vocabulary, compiler)
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
@@ -175,12 +195,12 @@ class Stage:
         step.
         """
         self._check(step)
+        wanted = self._wanted(step)
         self._inbox = self._received(tensors, step.num_tokens)
         self._cell.batch = batch = StepBatch(
             step.slices, block_size=self._block_size, dtype=self._dtype, device=self._device
         )
-        rows, sampled = _sampled_rows(step)
-        self._logit_rows = torch.tensor(rows, dtype=torch.int64).to(self._device) if rows else None
+        self._logit_rows = torch.tensor(wanted.rows, dtype=torch.int64).to(self._device) if wanted.rows else None
         try:
             output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         except StageEnd as end:
@@ -188,12 +208,10 @@ class Stage:
         finally:
             self._cell.batch = None
             self._inbox, self._captured = {}, {}
-        picks = sample(output.logits[0], [s for _, s in sampled], [part.context_length for part, _ in sampled])
-        tokens = tuple(
-            TokenOut(seq_id=part.seq_id, token_id=pick.token_id, logprob=pick.logprob)
-            for (part, _), pick in zip(sampled, picks, strict=True)
+        logits = output.logits[0]
+        return StageOutput(
+            tensors={}, tokens=_sample(logits, wanted), prompt_scores=_score(logits, wanted) if wanted.scored else ()
         )
-        return StageOutput(tensors={}, tokens=tokens)
 
     def _check(self, step: StepInput) -> None:
         """Refuse token ids and blocks that don't exist: on a GPU they would end the process, on a CPU the step."""
@@ -204,6 +222,35 @@ class Stage:
                 raise FrameError(f"sequence {part.seq_id} has too few blocks for {part.context_length} positions")
             if not 0 <= min(part.block_table) <= max(part.block_table) < self._num_blocks:
                 raise FrameError(f"sequence {part.seq_id} names a block that is not one of {self._num_blocks}")
+            if part.num_prompt_logprobs is not None and not 0 <= part.num_prompt_logprobs <= MAX_TOP_LOGPROBS:
+                raise FrameError(f"sequence {part.seq_id} wants {part.num_prompt_logprobs} likeliest tokens of each")
+            if part.next_token_id is not None and not 0 <= part.next_token_id < self._vocabulary:
+                raise FrameError(f"sequence {part.seq_id} goes on with a token that is not one of {self._vocabulary}")
+
+    def _wanted(self, step: StepInput) -> _Wanted:
+        """What the last stage has to answer to a step; nothing on the others. Raises `FrameError`."""
+        wanted = _Wanted()
+        if not self.is_last:
+            return wanted
+        self._states.forget(step.dropped)
+        row = 0
+        for part in step.slices:
+            last = row + part.num_tokens - 1
+            scored = 0
+            if part.num_prompt_logprobs is not None:
+                following = part.token_ids[1:] + (() if part.next_token_id is None else (part.next_token_id,))
+                scored = len(following)
+                if scored:
+                    wanted.scored.append(_Scored(part, len(wanted.rows), following))
+                    wanted.rows.extend(range(row, row + scored))
+            if part.sampling is not None:
+                if scored < part.num_tokens:
+                    wanted.rows.append(last)
+                wanted.sampled.append(_Sampled(part, part.sampling, len(wanted.rows) - 1, self._states.find(part)))
+            elif part.setup is not None:
+                raise FrameError(f"sequence {part.seq_id} came with what its next token depends on, but needs none yet")
+            row = last + 1
+        return wanted
 
     def _received(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
         """The previous stage's tensors on this stage's device, in the shapes that the layers take."""
@@ -263,7 +310,7 @@ class Stage:
         return hook
 
     def _end_without_logits(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Leave out norm and head for a step in which no sequence needs a token."""
+        """Leave out norm and head for a step in which no sequence needs a token or a score."""
         if self._logit_rows is None:
             raise StageEnd(output[0] if isinstance(output, tuple) else output)
 
@@ -273,17 +320,71 @@ class Stage:
         return (args[0].index_select(-2, self._logit_rows), *args[1:])
 
 
-def _sampled_rows(step: StepInput) -> tuple[list[int], list[tuple[SequenceSlice, SamplingParams]]]:
-    """The rows whose logits are needed, and the slices that they belong to."""
-    rows: list[int] = []
-    sampled: list[tuple[SequenceSlice, SamplingParams]] = []
-    row = 0
-    for part in step.slices:
-        row += part.num_tokens
-        if part.sampling is not None:
-            rows.append(row - 1)
-            sampled.append((part, part.sampling))
-    return rows, sampled
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """A slice whose last row gives a token: how, from which row of the logits, and what its sequence remembers."""
+
+    part: SequenceSlice
+    params: SamplingParams
+    row: int
+    state: SequenceState | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A slice whose rows score the prompt's tokens that follow them; the first of these rows of the logits."""
+
+    part: SequenceSlice
+    row: int
+    following: tuple[TokenId, ...]
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What a step wants of the last stage."""
+
+    rows: list[int] = field(default_factory=list)  # of the activation, whose logits are needed, rising
+    sampled: list[_Sampled] = field(default_factory=list)
+    scored: list[_Scored] = field(default_factory=list)
+
+
+def _sample(logits: torch.Tensor, wanted: _Wanted) -> tuple[TokenOut, ...]:
+    """Pick the tokens and let the sequences' memories go on behind them."""
+    sampled = wanted.sampled
+    if not sampled:
+        return ()
+    if wanted.scored:
+        logits = logits[[one.row for one in sampled]]
+    picks = sample(
+        logits,
+        [one.params for one in sampled],
+        [one.part.context_length for one in sampled],
+        [one.state for one in sampled],
+    )
+    for one, pick in zip(sampled, picks, strict=True):
+        if one.state is not None:
+            one.state.add(pick.token_id)
+    return tuple(
+        TokenOut(seq_id=one.part.seq_id, token_id=pick.token_id, logprob=pick.logprob, top=pick.top)
+        for one, pick in zip(sampled, picks, strict=True)
+    )
+
+
+def _score(logits: torch.Tensor, wanted: _Wanted) -> tuple[PromptScores, ...]:
+    """How likely the prompts' own tokens are, one sequence after the other."""
+    scores: list[PromptScores] = []
+    for one in wanted.scored:
+        count = len(one.following)
+        num_top = one.part.num_prompt_logprobs or 0
+        picks = score(logits[one.row : one.row + count], one.following, [num_top] * count)
+        scores.append(
+            PromptScores(
+                seq_id=one.part.seq_id,
+                first_position=one.part.start_position + 1,
+                scores=tuple(TokenScore(token_id=p.token_id, logprob=p.logprob, top=p.top) for p in picks),
+            )
+        )
+    return tuple(scores)
 
 
 def _put(tree: Any, path: KeyPath, leaf: torch.Tensor) -> Any:
