@@ -109,7 +109,7 @@ def _from_folder(name: str, folder: Path, *, hub_repo: str = "", hub_revision: s
 def _from_gguf(name: str, path: Path, cache_dir: Path) -> ModelFiles:
     from shardwright.model.families import read_config
     from shardwright.model.gguf_file import gguf_config_json, read_gguf_header
-    from shardwright.runtime.gguf_tokenizer import tokenizer_folder
+    from shardwright.runtime.tokenizer_files import tokenizer_folder
 
     header = read_gguf_header(path)
     config_json = gguf_config_json(header)

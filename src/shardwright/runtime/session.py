@@ -37,6 +37,7 @@ from shardwright.runtime.grammar_check import GrammarCheck
 from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.metrics import MetricsWriter
 from shardwright.runtime.model_files import ModelFiles, resolve_model
+from shardwright.runtime.raw_source import BlobsBeside, blob_spec
 from shardwright.runtime.registry import WorkerEntry
 from shardwright.runtime.stoppable import StoppedError, in_thread
 from shardwright.runtime.tensor_hashes import hash_tensors
@@ -46,6 +47,7 @@ from shardwright.runtime.weight_sender import Progress, send_stage
 from shardwright.transport.base import Transport, WorkerClient
 from shardwright.types import (
     PROTOCOL_VERSION,
+    VOCABULARY_TENSOR,
     Epoch,
     FileHint,
     ModelCosts,
@@ -54,6 +56,7 @@ from shardwright.types import (
     StageAssignment,
     StageLoad,
     StopConditions,
+    TensorSpec,
     TokenId,
     WorkerCapacity,
     WorkerDescription,
@@ -398,11 +401,11 @@ async def open_session(
         place(model.costs, capacities, placement_settings(config, model.costs))  # raises before anything starts
         check_free(known)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
-        tokenizer = await asyncio.to_thread(_load_tokenizer, model.files)
+        tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),
             {worker.worker_id: worker.client for worker in known},
-            _StageSender(model, known, config.cache_dir, listener),
+            _StageSender(model, tokenizer, known, config.cache_dir, listener),
             heartbeat_interval_s=config.heartbeat_interval_s,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
         )
@@ -434,13 +437,15 @@ def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -
     )
 
 
-def _load_tokenizer(files: ModelFiles) -> Tokenizer | None:
+def _load_tokenizer(files: ModelFiles, cache_dir: Path, stop: threading.Event) -> Tokenizer | None:
     if files.tokenizer is None:
         return None
     is_gguf = files.tokenizer.suffix == ".gguf"
     return Tokenizer.load(
         folder=None if is_gguf else files.tokenizer,
         gguf=files.tokenizer if is_gguf else None,
+        cache_dir=cache_dir,
+        stop=stop,
     )
 
 
@@ -459,15 +464,25 @@ async def _end_metrics(task: asyncio.Task[None], engine: MasterEngine, writer: M
 
 
 class _StageSender:
-    """Sends a stage to its worker: which tensors it needs, their hashes, and their bytes where it lacks them."""
+    """Sends a stage to its worker: which tensors it needs, their hashes, and their bytes where it lacks them.
+
+    The last stage gets the tokens' bytes as one more tensor, unless the model has no tokenizer, or one without them.
+    """
 
     def __init__(
-        self, model: OpenModel, workers: Sequence[KnownWorker], cache_dir: Path, listener: SessionListener
+        self,
+        model: OpenModel,
+        tokenizer: Tokenizer | None,
+        workers: Sequence[KnownWorker],
+        cache_dir: Path,
+        listener: SessionListener,
     ) -> None:
         self._model = model
+        self._tokenizer = tokenizer
         self._addresses = {worker.worker_id: worker.entry.address for worker in workers}
         self._cache_dir = cache_dir
         self._listener = listener
+        self._blobs: dict[str, bytes] = {}  # in memory, by the name of the tensor that each travels as
 
     async def __call__(self, assignment: StageAssignment, client: WorkerClient) -> LoadDone:
         load = await in_thread(functools.partial(self._stage_load, assignment))  # one given up stops hashing
@@ -476,7 +491,7 @@ class _StageSender:
             if isinstance(message, LoadProgress):
                 self._listener.loading(assignment.worker_id, message.done_bytes, message.total_bytes, message.phase)
 
-        return await send_stage(client, load, self._model.checkpoint, progress)
+        return await send_stage(client, load, BlobsBeside(self._model.checkpoint, self._blobs), progress)
 
     def _stage_load(self, assignment: StageAssignment, stop: threading.Event) -> StageLoad:
         from shardwright.model.families import read_config, slice_model
@@ -491,6 +506,8 @@ class _StageSender:
         specs = hash_tensors(
             model.checkpoint, names, cache_dir=self._cache_dir, progress=self._listener.hashing, stop=stop
         )
+        if assignment.is_last:
+            specs += self._vocabulary_specs()
         next_id = assignment.next_worker_id
         return StageLoad(
             assignment=assignment,
@@ -500,6 +517,13 @@ class _StageSender:
             file_hints=self._hints(),
             next_address="" if next_id is None else self._addresses[next_id],
         )
+
+    def _vocabulary_specs(self) -> tuple[TensorSpec, ...]:
+        """The vocabulary as a tensor, if there is one. Made once: every new pipeline's last stage gets the same."""
+        if self._tokenizer is not None and VOCABULARY_TENSOR not in self._blobs:
+            self._blobs[VOCABULARY_TENSOR] = self._tokenizer.vocabulary()
+        blob = self._blobs.get(VOCABULARY_TENSOR, b"")
+        return (blob_spec(VOCABULARY_TENSOR, blob),) if blob else ()
 
     def _hints(self) -> tuple[FileHint, ...]:
         files = self._model.files

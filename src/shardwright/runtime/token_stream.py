@@ -81,7 +81,7 @@ class _ByteStream:
         return text
 
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # as `tokenizers` takes them
 _LONGEST_HOLD = 4  # bytes of a character
 
 

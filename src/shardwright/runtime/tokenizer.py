@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import re
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from shardwright.errors import InvalidRequestError, ModelError
+from shardwright.errors import CheckpointError, InvalidRequestError, ModelError
+from shardwright.model.vocabulary import encode_vocabulary
 from shardwright.runtime.chat_template import ChatTemplate
+from shardwright.runtime.token_bytes import TokenBytes
 from shardwright.runtime.token_stream import Joining, TokenStream
+from shardwright.runtime.tokenizer_files import FACTS_FILE, TOKENIZER_FILE, converted
 from shardwright.types import TokenId
+
+_MAX_IDS = 1 << 32  # the library counts them in 32 bits
 
 
 class Tokenizer:
-    """A model's own tokenizer. Gives what `transformers` would; an `engine.TextCodec`."""
+    """A model's own tokenizer: gives what `transformers` gives, token for token. An `engine.TextCodec`.
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._backend = inner.backend_tokenizer
-        self._template = ChatTemplate(inner.chat_template, inner.special_tokens_map)
+    All methods may be called from any thread. `alone` backends are the `tokenizers` library's; the few tokenizers that
+    exist in Python only are read through `transformers`, take its memory, and have no `vocabulary`.
+    """
+
+    def __init__(self, backend: Backend, template: ChatTemplate, end_id: TokenId | None) -> None:
+        self._backend = backend
+        self._template = template
+        self._end_id = end_id
 
     @classmethod
-    def load(cls, *, folder: Path | None, gguf: Path | None) -> Tokenizer:
-        """Load from a model folder or from a GGUF file's metadata. Raises `ModelError` when it can't be read."""
-        from transformers import AutoTokenizer
+    def load(
+        cls, *, folder: Path | None, gguf: Path | None, cache_dir: Path, stop: threading.Event | None = None
+    ) -> Tokenizer:
+        """Load from a model folder or from a GGUF file's metadata; the first time takes seconds and a process.
 
-        try:
-            if gguf is not None:
-                inner = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-            else:
-                inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as exc:
-            raise ModelError(
-                f"{gguf or folder}: the tokenizer can't be read ({exc}); "
-                "give token ids with --prompt-ids, or add the model's tokenizer files"
-            ) from exc
-        return cls(inner)
+        What that process made is kept in `cache_dir`. Raises `ModelError` when the tokenizer can't be read, and
+        `StoppedError` soon after `stop` is set.
+        """
+        source = gguf or folder
+        assert source is not None, "a folder or a file"
+        with converted(source, cache_dir=cache_dir, stop=stop) as ready:
+            try:
+                facts = json.loads((ready / FACTS_FILE).read_text(encoding="utf-8"))
+                backend = _alone(ready, facts) if facts["alone"] else _whole(source, ready)
+                template = ChatTemplate(facts["chat_template"], facts["special_tokens"])
+                return cls(backend, template, facts["end_id"])
+            except ModelError:
+                raise
+            except Exception as exc:  # the tokenizers library raises plain exceptions
+                raise ModelError(
+                    f"{source}: the tokenizer can't be read ({exc}); give token ids with --prompt-ids, or remove "
+                    f"{ready} so that it is made anew"
+                ) from exc
 
     @property
     def has_chat_template(self) -> bool:
@@ -53,23 +71,27 @@ class Tokenizer:
     @property
     def end_ids(self) -> frozenset[TokenId]:
         """The end-of-sequence ids that the tokenizer names."""
-        end = self._inner.eos_token_id
-        return frozenset() if end is None else frozenset([int(end)])
+        return frozenset() if self._end_id is None else frozenset([self._end_id])
 
-    @cached_property
+    @property
     def special_ids(self) -> frozenset[TokenId]:
         """Tokens that mark something and are no text; `decode` leaves them out."""
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
+        return self._backend.special_ids
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that has a token."""
-        return 1 + max(self._backend.get_vocab().values(), default=-1)
+        return self._backend.vocab_size
 
     def encode(self, text: str, *, add_special: bool = True) -> tuple[TokenId, ...]:
-        """Token ids of plain text, with the special tokens that the model expects at its start."""
-        return tuple(self._inner(text, add_special_tokens=add_special)["input_ids"])
+        """Token ids of plain text, with the special tokens that the model expects around it unless told otherwise.
+
+        Raises `InvalidRequestError` for text that is not Unicode.
+        """
+        try:
+            return tuple(self._backend.encode(text, add_special=add_special))
+        except (TypeError, UnicodeError) as exc:
+            raise InvalidRequestError(f"the text can't be encoded: {exc}") from exc
 
     def encode_chat(
         self,
@@ -89,47 +111,199 @@ class Tokenizer:
         return self.encode(text, add_special=False)  # the template writes the special tokens itself
 
     def decode(self, tokens: Sequence[TokenId], *, keep_special: bool = False) -> str:
-        """Text of token ids; of special tokens their names with `keep_special`, else nothing."""
-        return str(self._inner.decode(list(tokens), skip_special_tokens=not keep_special))
+        """Text of token ids; of special tokens their names with `keep_special`, else nothing.
+
+        Ids that are no token give no text. Raises `InvalidRequestError` for negative ids and such.
+        """
+        try:
+            text = self._backend.raw_decode([t for t in tokens if keep_special or t not in self._backend.special_ids])
+        except (TypeError, OverflowError) as exc:
+            raise InvalidRequestError(f"these are no token ids: {exc}") from exc
+        return clean_up(text) if self._backend.cleans_up else text
 
     def stream(self, *, keep_special: bool = False) -> TokenStream:
         """A decoder for one answer that comes token by token."""
-        return TokenStream(self, skipped=frozenset() if keep_special else self.special_ids)
+        return TokenStream(
+            self._backend,
+            skipped=frozenset() if keep_special else self._backend.special_ids,
+            clean=clean_up if self._backend.cleans_up else None,
+        )
 
     def token_bytes(self, token_id: TokenId) -> bytes:
         """The bytes that a token stands for inside a text; of a special token its name.
 
         Raises `InvalidRequestError` for an id that is no token.
         """
-        text = self.token_text(token_id)
-        if text is None:
+        name = self._backend.token_text(token_id) if 0 <= token_id < _MAX_IDS else None
+        if name is None:
             raise InvalidRequestError(f"token id {token_id} is not in the tokenizer's vocabulary")
-        return text.encode() if token_id in self.special_ids else self.raw_bytes(token_id)
+        return name.encode() if token_id in self._backend.special_ids else self._backend.raw_bytes(token_id)
 
     def token_bytes_table(self) -> list[bytes]:
         """`token_bytes` of every id below `vocab_size`; empty for ids that are no token."""
-        return [
-            b"" if self.token_text(token_id) is None else self.token_bytes(token_id)
-            for token_id in range(self.vocab_size)
-        ]
+        backend, special = self._backend, self._backend.special_ids
+        table = []
+        for token_id in range(backend.vocab_size):
+            name = backend.token_text(token_id)
+            if name is None:
+                table.append(b"")
+            else:
+                table.append(name.encode() if token_id in special else backend.raw_bytes(token_id))
+        return table
+
+    def vocabulary(self) -> bytes:
+        """The blob of all tokens' bytes that a last stage follows grammars with; see `model/vocabulary.py`.
+
+        Empty for a tokenizer whose tokens' bytes are not known for certain, or that has no blob: then there are no
+        grammars.
+        """
+        if not self._backend.has_exact_bytes:
+            return b""
+        try:
+            return encode_vocabulary(self.token_bytes_table(), special_ids=self.special_ids, end_id=self._end_id)
+        except CheckpointError:
+            return b""
+        finally:
+            _trim_heap()
+
+
+def clean_up(text: str) -> str:
+    """`text` without the spaces before punctuation that some tokenizers put there when they decode."""
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    return str(PreTrainedTokenizerBase.clean_up_tokenization(None, text))
+
+
+class Backend(Protocol):
+    """The part of a tokenizer that knows its vocabulary. Also a `token_stream.Decoding`."""
+
+    cleans_up: bool  # whether decoded text goes through `clean_up`
+    has_exact_bytes: bool
 
     @property
     def joining(self) -> Joining:
         """How tokens become one text."""
-        return Joining.TEXT
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[TokenId]:
+        """Tokens that are no text."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token."""
+        ...
+
+    def encode(self, text: str, *, add_special: bool) -> list[TokenId]:
+        """Token ids of text."""
+        ...
 
     def token_text(self, token: TokenId) -> str | None:
         """The token as the vocabulary has it; None for an id that stands for no token."""
-        text = self._backend.id_to_token(token)
-        return None if text is None else str(text)
+        ...
 
     def raw_bytes(self, token: TokenId) -> bytes:
-        """The bytes of a token that is not special."""
-        text = self.token_text(token) or ""
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-            return bytes.fromhex(text[3:5])
-        return self.raw_decode([token]).encode()
+        """The bytes of a token that is not special, inside a text."""
+        ...
 
     def raw_decode(self, tokens: Sequence[TokenId]) -> str:
         """Text of tokens, special ones too, without cleaning."""
-        return str(self._backend.decode(list(tokens), skip_special_tokens=False))
+        ...
+
+
+def _alone(ready: Path, facts: Mapping[str, Any]) -> Backend:
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_file(str(ready / TOKENIZER_FILE))
+    library.encode_special_tokens = bool(facts["splits_special_tokens"])
+    _trim_heap()  # reading leaves more behind than the tokenizer takes
+    return LibraryBackend(library, cleans_up=bool(facts["cleans_up"]))
+
+
+def _whole(source: Path, ready: Path) -> Backend:
+    from transformers import AutoTokenizer
+
+    folder = source if source.is_dir() else ready
+    return WholeBackend(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class LibraryBackend:
+    """A tokenizer that the `tokenizers` library reads alone."""
+
+    def __init__(self, library: Any, *, cleans_up: bool) -> None:
+        self.cleans_up = cleans_up
+        self._library = library
+        self._bytes = TokenBytes(library.decoder)
+        self.joining = self._bytes.joining
+        self.has_exact_bytes = self._bytes.is_exact
+        added = library.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token."""
+        return 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, text: str, *, add_special: bool) -> list[TokenId]:
+        """Token ids of text."""
+        ids: list[TokenId] = self._library.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+    def token_text(self, token: TokenId) -> str | None:
+        """The token as the vocabulary has it; None for an id that stands for no token."""
+        text: str | None = self._library.id_to_token(token)
+        return text
+
+    def raw_bytes(self, token: TokenId) -> bytes:
+        """The bytes of a token that is not special, inside a text."""
+        text = self._library.id_to_token(token)
+        return b"" if text is None else self._bytes.of(text)
+
+    def raw_decode(self, tokens: Sequence[TokenId]) -> str:
+        """Text of tokens, special ones too, without cleaning."""
+        text: str = self._library.decode(list(tokens), skip_special_tokens=False)
+        return text
+
+
+class WholeBackend:
+    """A tokenizer that only `transformers` can run."""
+
+    joining = Joining.TEXT
+    has_exact_bytes = False
+
+    def __init__(self, inner: Any) -> None:
+        self.cleans_up = False  # it does so itself
+        self._inner = inner
+        self.special_ids = frozenset(int(token_id) for token_id in inner.all_special_ids if token_id is not None)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token."""
+        return 1 + max(self._inner.get_vocab().values(), default=-1)
+
+    def encode(self, text: str, *, add_special: bool) -> list[TokenId]:
+        """Token ids of text."""
+        return [int(token) for token in self._inner(text, add_special_tokens=add_special)["input_ids"]]
+
+    def token_text(self, token: TokenId) -> str | None:
+        """The token as the vocabulary has it; None for an id that stands for no token."""
+        if not 0 <= token < self.vocab_size:
+            return None
+        text = self._inner.convert_ids_to_tokens(token)
+        return None if text is None else str(text)
+
+    def raw_bytes(self, token: TokenId) -> bytes:
+        """The bytes of a token that is not special, as it is decoded by itself."""
+        return self.raw_decode([token]).encode()
+
+    def raw_decode(self, tokens: Sequence[TokenId]) -> str:
+        """Text of tokens, special ones too."""
+        return str(self._inner.decode(list(tokens), skip_special_tokens=False))
