@@ -1,9 +1,10 @@
 """A whole cluster in one process and no time: the real cores, fake stages, and a network with bad manners.
 
-One seed is one story: random workers, limits, prompts with shared beginnings, aborts, link delays, steps that fail,
-workers that die, fall silent, come back or join late. Messages keep their order on one link and overtake each other
-across links. After each event every invariant of the cores is checked; at each end of a request its tokens are
-compared with what the whole "model" answers to the prompt alone.
+One seed is one story: random workers, limits, prompts with shared beginnings, several answers to one prompt, penalties
+and rules, scores of prompts, deadlines, a bounded queue, aborts, link delays, steps that fail, workers that die, fall
+silent, come back or join late. Messages keep their order on one link and overtake each other across links. After each
+event every invariant of the cores is checked; at each end of a request its tokens and scores are compared with what
+the whole "model" answers to the prompt alone.
 """
 
 import heapq
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fake_stage import VOCABULARY, FakeStage, expected_answer, sampled
+from fake_stage import VOCABULARY, FakeStage, expected_answer, expected_scores
 
 from shardwright.core import effects as out
 from shardwright.core import events as ev
@@ -24,11 +25,15 @@ from shardwright.types import (
     FinishReason,
     HeartbeatReport,
     ModelCosts,
+    PromptScores,
     SamplingParams,
     StageAssignment,
     StepInput,
     StepTiming,
     StopConditions,
+    TokenOut,
+    TokenRules,
+    TokenScore,
     WorkerCapacity,
 )
 
@@ -43,7 +48,10 @@ class Client:
 
     submit: ev.Submit
     expected: list[int]
+    expected_scores: list[TokenScore]
+    submitted_at: float
     tokens: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
     finish: out.Finish | None = None
     aborted: bool = False
 
@@ -64,6 +72,7 @@ class SimulatedWorker:
         self.stage_epoch = 0
         self.computing: tuple[int, int] | None = None
         self.steps: dict[tuple[int, int], tuple[StepInput, tuple[int, ...]]] = {}
+        self.answers: dict[tuple[int, int], tuple[tuple[TokenOut, ...], tuple[PromptScores, ...]]] = {}
         self.timings: list[StepTiming] = []
 
 
@@ -80,6 +89,7 @@ class Simulation:
         self._links: dict[tuple, float] = {}
         self._link_delays: dict[tuple, float] = {}
         self._tick_at: float | None = None
+        self._oldest: tuple[int, int] | None = None  # of the open sequences: its id, and how often it was preempted
         self._make_cluster(master_class)
         self._make_requests()
         self._make_faults()
@@ -104,6 +114,9 @@ class Simulation:
             load_timeout_s=60.0,
             recover=self.recover,
             max_redeploys=rng.choice((0, 2, 8)),
+            max_waiting=rng.choice((1, 4, 8)) if rng.random() < 0.2 else None,
+            probe_interval_s=rng.choice((0.05, 0.5)) if rng.random() < 0.5 else None,
+            prompt_logprob_tokens=rng.choice((1, 4, 64)),
         )
         num_layers = rng.randint(2, 5)
         costs = ModelCosts(
@@ -137,7 +150,9 @@ class Simulation:
         }
         self.compute_s = rng.choice((0.001, 0.01, 0.05))
         self.jitter_s = rng.choice((0.001, 0.02, 0.2))
-        self.num_blocks = 0  # of the newest pipeline
+        self.answer_delay_s = rng.choice((0.0, 0.0, 0.0, 0.4))  # more than a new pipeline may need to begin
+        self.num_blocks = 0  # of the newest pipeline, for sequences
+        self.named_blocks: set[int] = set()  # those that any sequence of this pipeline had in its table
         self.faults = 0  # what may excuse an error
         self.redeploys_left = 1
         self.closed: list[int] = []
@@ -152,24 +167,51 @@ class Simulation:
         rng = self.rng
         stems = [tuple(rng.randrange(VOCABULARY) for _ in range(30)) for _ in range(2)]
         self.clients: dict[int, Client] = {}
-        for seq_id in range(1, rng.randint(3, 14)):
+        most = rng.randint(2, 13)
+        has_pause = rng.random() < 0.3  # the pipeline is idle for a while, with prefixes in its blocks
+        while len(self.clients) < most:
             length = rng.choice((0, rng.randint(90, 120))) if rng.random() < 0.05 else rng.randint(1, 30)
             shared = rng.randint(0, length) if rng.random() < 0.6 else 0
             stem = rng.choice(stems)[:shared]
             prompt = stem + tuple(rng.randrange(VOCABULARY) for _ in range(length - len(stem)))
-            sampling = SamplingParams(temperature=1.0, seed=rng.choice((0, 0, 7)))
-            stop = StopConditions(
+            submitted_at = rng.choice((0.0, rng.uniform(0.0, 1.5)))
+            if has_pause and rng.random() < 0.5:
+                submitted_at = rng.uniform(3.0, 6.0)
+                if self.clients and rng.random() < 0.5:  # what was said before, and more
+                    prompt = (self.clients[rng.randint(1, len(self.clients))].submit.prompt + prompt)[:30]
+            for _ in range(rng.choice((1, 1, 1, 2, 4))):  # answers to the one prompt
+                self._make_client(prompt, submitted_at)
+        self.unfinished = len(self.clients)
+
+    def _make_client(self, prompt: tuple[int, ...], submitted_at: float) -> None:
+        rng = self.rng
+        seq_id = len(self.clients) + 1
+        has_rules = rng.random() < 0.25
+        submit = ev.Submit(
+            seq_id=seq_id,
+            prompt=prompt,
+            sampling=SamplingParams(
+                temperature=1.0,
+                seed=rng.choice((0, 0, 7)),
+                frequency_penalty=rng.choice((0.0, 0.0, 0.0, 0.5)),
+                num_top_logprobs=rng.choice((0, 0, 2)),
+            ),
+            stop=StopConditions(
                 max_new_tokens=rng.randint(1, 20),
                 stop_token_ids=frozenset(rng.sample(range(VOCABULARY), 2)) if rng.random() < 0.4 else frozenset(),
-            )
-            submit = ev.Submit(seq_id=seq_id, prompt=prompt, sampling=sampling, stop=stop)
-            expected = expected_answer(prompt, sampling, stop.max_new_tokens, stop.stop_token_ids) if prompt else []
-            self.clients[seq_id] = Client(submit, expected)
-            submitted_at = rng.choice((0.0, rng.uniform(0.0, 1.5)))
-            self._at(submitted_at, self._submit, seq_id)
-            if rng.random() < 0.2:
-                self._at(submitted_at + rng.expovariate(2.0), self._abort, seq_id)
-        self.unfinished = len(self.clients)
+            ),
+            rules=TokenRules(
+                logit_bias=((rng.randrange(VOCABULARY), 1.0),) if has_rules else (),
+                min_new_tokens=rng.randint(0, 8) if has_rules else 0,
+            ),
+            num_prompt_logprobs=rng.randint(0, 2) if rng.random() < 0.2 else None,
+            timeout_s=rng.expovariate(1.0) if rng.random() < 0.15 else None,
+        )
+        expected = expected_answer(submit) if prompt else []
+        self.clients[seq_id] = Client(submit, expected, expected_scores(submit), submitted_at)
+        self._at(submitted_at, self._submit, seq_id)
+        if rng.random() < 0.2:
+            self._at(submitted_at + rng.expovariate(2.0), self._abort, seq_id)
 
     def _make_faults(self) -> None:
         rng = self.rng
@@ -228,6 +270,7 @@ class Simulation:
     def _tell_master(self, event: ev.MasterEvent) -> None:
         effects = self.master.handle(event, self.now)
         self.master.check()
+        self._check_fairness()
         if effects:
             self.trace.append((self.now, "master", effects))
         if self.unfinished and isinstance(
@@ -250,8 +293,9 @@ class Simulation:
         assignment = effect.assignment
         worker = self.workers[assignment.worker_id]
         if assignment.stage_index == 0:
-            self.num_blocks = assignment.num_blocks
+            self.num_blocks = assignment.num_blocks - (self.settings.probe_interval_s is not None)
             self.counts["pipelines"] += 1
+            self.named_blocks.clear()
         if worker.alive:
             self._send_unordered(self._tell_worker, worker, ev.Assigned(assignment=assignment), worker=worker)
         else:
@@ -274,6 +318,12 @@ class Simulation:
         assert effect.worker_id == snapshot.stages[0].worker_id
         assert all(worker.status == "ready" for worker in snapshot.workers if worker.layers is not None)
         self.counts["tokens computed"] += effect.step.num_tokens
+        for part in effect.step.slices:
+            if part.seq_id:
+                self.named_blocks.update(part.block_table)
+            elif effect.step.step > 1:
+                self.counts["probes"] += 1
+                assert self.named_blocks.isdisjoint(part.block_table), f"{part} is a probe in a sequence's block"
         self._send(("steps", worker.name, effect.step.epoch), self._arrive, worker, effect.step, (), worker=worker)
 
     def _on_emit(self, effect: out.EmitToken) -> None:
@@ -281,6 +331,15 @@ class Simulation:
         assert client.finish is None, f"{effect} after {client.finish}"
         assert effect.index == len(client.tokens), f"{effect} after {len(client.tokens)} tokens"
         client.tokens.append(effect.token_id)
+        num_top = client.submit.sampling.num_top_logprobs
+        assert len(effect.top) == num_top, effect
+
+    def _on_emit_scores(self, effect: out.EmitPromptScores) -> None:
+        client = self.clients[effect.seq_id]
+        assert client.finish is None, f"{effect} after {client.finish}"
+        assert not client.tokens, f"{effect} after {len(client.tokens)} tokens"
+        client.scores += effect.scores
+        self.counts["prompt scores"] += len(effect.scores)
 
     def _on_finish(self, effect: out.Finish) -> None:
         client = self.clients[effect.seq_id]
@@ -312,6 +371,7 @@ class Simulation:
         out.DeployFailed: _on_deploy_failed,
         out.SendStep: _on_send_step,
         out.EmitToken: _on_emit,
+        out.EmitPromptScores: _on_emit_scores,
         out.Finish: _on_finish,
     }
 
@@ -352,11 +412,14 @@ class Simulation:
                 if not following.alive and self.rng.random() < 0.7:
                     self._send(link, self._lose_link, worker, effect.epoch, worker=worker)
             case out.PublishTokens():
-                step, activation = worker.steps.pop((effect.epoch, effect.step))
-                event = ev.TokensSampled(epoch=effect.epoch, step=effect.step, tokens=sampled(step, activation))
-                self._send(("tokens", worker.name, effect.epoch), self._tell_master, event)
+                del worker.steps[effect.epoch, effect.step]
+                tokens, scores = worker.answers.pop((effect.epoch, effect.step))
+                event = ev.TokensSampled(epoch=effect.epoch, step=effect.step, tokens=tokens, prompt_scores=scores)
+                link = ("tokens", worker.name, effect.epoch)
+                self._at(self.now + self.answer_delay_s, self._send, link, self._tell_master, event)
             case out.DropStep():
                 worker.steps.pop((effect.epoch, effect.step), None)
+                worker.answers.pop((effect.epoch, effect.step), None)
             case out.RefuseStep() | out.ReportFailure():
                 if link_lost:
                     lost = worker.state.assignment.next_worker_id
@@ -378,7 +441,7 @@ class Simulation:
             failed = ev.StageLoadFailed(worker_id=worker.name, epoch=epoch, reason="no such tensor")
             self._send_unordered(self._tell_master, failed)
             return
-        worker.stage = FakeStage(assignment.num_blocks, assignment.block_size)
+        worker.stage = FakeStage(assignment.num_blocks, assignment.block_size, max_running=self.settings.max_running)
         worker.stage_epoch = epoch
         self._tell_worker(worker, ev.LoadFinished(epoch=epoch))
         if worker.state.epoch == epoch and worker.state.phase is StagePhase.READY:
@@ -403,7 +466,11 @@ class Simulation:
             self._tell_worker(worker, ev.StepErrored(epoch=epoch, step=number, reason="out of memory"))
             return
         step, activation = worker.steps[epoch, number]
-        worker.steps[epoch, number] = (step, worker.stage.compute(step, activation))
+        activation = worker.stage.compute(step, activation)
+        worker.steps[epoch, number] = (step, activation)
+        assignment = worker.state.assignment
+        if assignment is not None and assignment.is_last:
+            worker.answers[epoch, number] = worker.stage.sample(step, activation)
         worker.timings.append(
             StepTiming(
                 num_sequences=len(step.slices),
@@ -503,6 +570,14 @@ class Simulation:
 
     # --- what must be true ---------------------------------------------------------------------------
 
+    def _check_fairness(self) -> None:
+        """Who came first of all that are open keeps its blocks: so everybody is first some day, and gets done."""
+        oldest = min(self.master._open.values(), key=lambda sequence: sequence.seq_id, default=None)
+        now = None if oldest is None else (oldest.seq_id, oldest.num_preemptions)
+        if now is not None and self._oldest is not None and now[0] == self._oldest[0]:
+            assert now == self._oldest, f"sequence {now[0]} came first and was preempted"
+        self._oldest = now
+
     def _check_answer(self, client: Client, finish: out.Finish) -> None:
         submit = client.submit
         num_prompt = len(submit.prompt)
@@ -510,6 +585,13 @@ class Simulation:
         capacity = self.num_blocks * self.settings.block_size
         self.counts[finish.reason.value] += 1
         assert tokens == client.expected[: len(tokens)], f"{finish}: {tokens} is not the beginning of {client.expected}"
+        scores = client.scores
+        assert scores == client.expected_scores[: len(scores)], f"{finish}: wrong scores {scores}"
+        assert len(scores) == len(client.expected_scores) or not tokens, f"{finish}: {len(scores)} scores"
+        if submit.timeout_s is not None:
+            deadline = client.submitted_at + submit.timeout_s
+            assert self.now <= deadline, f"{finish}: its deadline was {deadline}"
+            assert self.now == deadline or finish.reason is not FinishReason.DEADLINE, finish
         match finish.reason:
             case FinishReason.STOP:
                 assert tokens == client.expected
@@ -520,6 +602,12 @@ class Simulation:
                 assert not tokens or tokens[-1] not in submit.stop.stop_token_ids
             case FinishReason.ABORT:
                 assert client.aborted
+            case FinishReason.DEADLINE:
+                assert submit.timeout_s is not None
+                assert finish.message
+            case FinishReason.REJECTED:
+                assert self.settings.max_waiting is not None
+                assert 1 <= finish.retry_after_s <= 60, finish
             case FinishReason.ERROR:
                 assert finish.message
                 never = not num_prompt or num_prompt > self.max_context or num_prompt > capacity
@@ -538,6 +626,7 @@ class Simulation:
         for worker in self.workers.values():
             assert worker.state.queue_depth == 0 or not worker.alive, worker.name
         self.counts["preemptions"] += snapshot.total_preemptions
+        assert snapshot.total_cached_tokens <= snapshot.total_prompt_tokens
         self.counts["cached tokens"] += snapshot.total_cached_tokens
         self.counts["output tokens"] += snapshot.total_output_tokens
 

@@ -30,7 +30,8 @@ def test_two_hundred_seeds_end_well_and_alike():
     counts: Counter[str] = Counter()
     for seed in range(200):
         counts.update(play(seed).counts)
-    for what in ("preemptions", "cached tokens", "killed", "paused", "stop", "length", "abort", "error"):
+    ends = ("stop", "length", "abort", "error", "deadline", "rejected")
+    for what in ("preemptions", "cached tokens", "killed", "paused", "probes", "prompt scores", *ends):
         assert counts[what] > 20, (what, counts)
     assert counts["pipelines"] > 220, "hardly any story goes on after a failure"
     assert counts["steps"] > 5000
