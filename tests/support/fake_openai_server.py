@@ -76,6 +76,7 @@ class FakeServer:
         self.held = threading.Event()  # an answer waits for `release`
         self.broken = threading.Event()  # a client went away
         self.most_at_once = 0
+        self.num_connections = 0
         self._at_once = 0
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -108,6 +109,10 @@ class FakeServer:
 def _handler_of(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            server.num_connections += 1
+            super().setup()
 
         def log_message(self, *args: Any) -> None:
             """Nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import time
@@ -20,11 +21,11 @@ from shardwright.cli.openai_http import (
     EventStream,
     Usage,
     check_url,
-    choose_model,
     client_settings,
     encode_body,
     link_error,
     read_chunk,
+    read_models,
     refusal,
 )
 from shardwright.errors import ConfigError, HttpServerError
@@ -55,12 +56,7 @@ class ChatServer:
             response = self._client.get(f"{self.url}/models")
         except httpx.HTTPError as exc:
             raise link_error(exc, url=self.url, timeout_s=self._timeout_s) from exc
-        if response.status_code != httpx.codes.OK:
-            raise refusal(response.status_code, response.headers, response.content, url=self.url)
-        try:
-            return choose_model(response.json(), url=self.url)
-        except ValueError:
-            raise HttpServerError(f"{self.url}/models is no JSON; is this an OpenAI-compatible server?") from None
+        return read_models(response, url=self.url)
 
     def stream(self, body: dict[str, Any]) -> Generator[Chunk]:
         """Ask for a chat completion and give its chunks. Closing the generator tells the server to stop."""
@@ -84,9 +80,12 @@ class ChatServer:
             raise HttpServerError(f"{self.url}: the server answered with {kind} instead of a stream of events")
         events = EventStream()
         finished = False
-        for part in response.iter_bytes():
+        parts = response.iter_bytes()
+        for part in parts:
             for data in events.feed(part):
                 if data == DONE:
+                    with contextlib.suppress(httpx.HTTPError):  # what ends the body: the connection is used again
+                        collections.deque(parts, maxlen=0)
                     return
                 chunk = read_chunk(data)
                 finished = finished or chunk.finish_reason is not None
@@ -239,7 +238,7 @@ class Conversation:
 
 
 def _note(chunk: Chunk, reply: Reply, now_s: float) -> None:
-    if chunk.text or chunk.reasoning:
+    if chunk.is_piece:
         reply.first_s = now_s if reply.first_s is None else reply.first_s
         reply.last_s = now_s
         reply.num_pieces += 1

@@ -83,6 +83,7 @@ class Chunk:
     reasoning: str = ""  # what some servers send of a model's thinking, beside the answer
     finish_reason: str | None = None
     usage: Usage | None = None
+    is_piece: bool = False  # whether a token of the answer lies in it; its text may be empty or begin a character
 
 
 def read_chunk(data: str) -> Chunk:
@@ -99,17 +100,19 @@ def read_chunk(data: str) -> Chunk:
     if content.get("error"):
         raise HttpServerError(f"the server broke off: {error_message(content)}", kind="error in the stream")
     try:
-        choices = content.get("choices") or [{}]
-        delta = choices[0].get("delta") or {}
-        text = delta.get("content") or choices[0].get("text") or ""
+        choice = (content.get("choices") or [{}])[0]
+        delta = choice.get("delta") or {}
+        text = delta.get("content") or choice.get("text") or ""
         reasoning = delta.get("reasoning_content") or ""
-        finish_reason = choices[0].get("finish_reason")
+        finish_reason = choice.get("finish_reason")
+        # A chat's first event may only name the role, and the last of either kind only the reason.
+        is_piece = bool(text or reasoning or ("text" in choice and finish_reason is None))
         usage = _usage(content.get("usage"))
     except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         text = None
     if not (isinstance(text, str) and isinstance(reasoning, str) and isinstance(finish_reason, str | None)):
         raise HttpServerError(f"the server sent an event that is no completion: {_shortened(data)}", kind="bad event")
-    return Chunk(text=text, reasoning=reasoning, finish_reason=finish_reason, usage=usage)
+    return Chunk(text=text, reasoning=reasoning, finish_reason=finish_reason, usage=usage, is_piece=is_piece)
 
 
 def _usage(content: Any) -> Usage | None:
@@ -200,15 +203,18 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
-def choose_model(listed: Any, *, url: str) -> str:
-    """The first model of a server's list. Raises `HttpServerError` when there is none."""
+def read_models(response: httpx.Response, *, url: str) -> str:
+    """The first model of a server's list. Raises `HttpServerError` when the answer is no list, or it is empty."""
+    if response.status_code != httpx.codes.OK:
+        raise refusal(response.status_code, response.headers, response.content, url=url)
     try:
-        names = [str(each["id"]) for each in listed["data"]]
-    except (KeyError, TypeError):
-        names = []
-    if not names:
-        raise HttpServerError(f"{url} does not say which models it has; name one with --model")
-    return names[0]
+        listed = response.json()
+    except ValueError:
+        raise HttpServerError(f"{url}/models is no JSON; is this an OpenAI-compatible server?") from None
+    try:
+        return str(listed["data"][0]["id"])
+    except (IndexError, KeyError, TypeError):
+        raise HttpServerError(f"{url} does not say which models it has; name one with --model") from None
 
 
 def _is_loopback(host: str) -> bool:
