@@ -23,7 +23,8 @@ VERSION = 1
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_BYTES = (1 << 16) - 1
 
-_HEADER = struct.Struct("<8sIIIIII")  # magic, version, tokens, special ids, end id, bytes of all tokens, CRC-32
+_HEADER = struct.Struct("<8sIIIII")  # magic, version, tokens, special ids, end id, bytes of all tokens
+_CRC = struct.Struct("<I")  # of all that precedes and follows it
 _NO_END = (1 << 32) - 1
 
 
@@ -60,25 +61,26 @@ def encode_vocabulary(tokens: Sequence[bytes], *, special_ids: Iterable[TokenId]
     text = b"".join(tokens)
     body = _pack("H", list(map(len, tokens))) + _pack("I", special) + text
     end = _NO_END if end_id is None else end_id
-    header = _HEADER.pack(MAGIC, VERSION, len(tokens), len(special), end, len(text), zlib.crc32(body))
-    return header + body
+    header = _HEADER.pack(MAGIC, VERSION, len(tokens), len(special), end, len(text))
+    return header + _CRC.pack(zlib.crc32(body, zlib.crc32(header))) + body
 
 
 def decode_vocabulary(blob: bytes | memoryview) -> Vocabulary:
     """The vocabulary in a blob. Raises `CheckpointError` for one that is damaged, or of another version."""
     blob = memoryview(blob).cast("B")
-    if len(blob) < _HEADER.size:
-        raise CheckpointError(f"the vocabulary has {len(blob)} bytes; its header alone has {_HEADER.size}")
-    magic, version, num_tokens, num_special, end, text_bytes, crc = _HEADER.unpack(blob[: _HEADER.size])
+    if len(blob) < _HEADER.size + _CRC.size:
+        raise CheckpointError(f"the vocabulary has {len(blob)} bytes; its header alone has {_HEADER.size + _CRC.size}")
+    header = blob[: _HEADER.size]
+    magic, version, num_tokens, num_special, end, text_bytes = _HEADER.unpack(header)
     if magic != MAGIC:
         raise CheckpointError("the vocabulary does not begin as one should; the tensor is something else")
     if version != VERSION:
         raise CheckpointError(f"the vocabulary has version {version}; this one reads {VERSION}: update the older side")
-    body = blob[_HEADER.size :]
+    body = blob[_HEADER.size + _CRC.size :]
     expected = 2 * num_tokens + 4 * num_special + text_bytes
     if not 0 < num_tokens <= MAX_TOKENS or len(body) != expected:
         raise CheckpointError(f"the vocabulary's {num_tokens} tokens need {expected} bytes, but it has {len(body)}")
-    if zlib.crc32(body) != crc:
+    if (zlib.crc32(body, zlib.crc32(header)),) != _CRC.unpack_from(blob, _HEADER.size):
         raise CheckpointError("the vocabulary is damaged: its checksum differs")
     lengths = _unpack("H", body[: 2 * num_tokens])
     special = _unpack("I", body[2 * num_tokens : 2 * num_tokens + 4 * num_special])
