@@ -467,6 +467,7 @@ class WorkerShell:
             from shardwright.model.stage import build_stage  # here: it takes seconds, and heartbeats are answered
 
             self._set_threads(self._num_threads)
+            vocabulary = bytes(raw.read(VOCABULARY_TENSOR)) if VOCABULARY_TENSOR in raw.specs else None
             return build_stage(
                 config_json=load.model_config,
                 layers=load.assignment.layers,
@@ -477,6 +478,7 @@ class WorkerShell:
                 num_blocks=load.assignment.num_blocks,
                 block_size=load.assignment.block_size,
                 raw=weights,
+                vocabulary=vocabulary,
                 progress=progress,
             )
 
