@@ -1,0 +1,51 @@
+"""A real server on a free port, in this process's event loop, with the fake engine behind it."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fake_text_engine import FakeTextEngine
+
+from shardwright.api.app import create_app
+from shardwright.api.server import listen, serve
+from shardwright.config import ServeConfig
+
+
+@dataclass
+class Running:
+    """What a test knows of its server."""
+
+    engine: FakeTextEngine
+    app: object
+    config: ServeConfig
+    url: str
+    port: int
+    stop: asyncio.Event
+    task: asyncio.Task
+
+    async def raw(self):
+        """A connection of one's own."""
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+
+@asynccontextmanager
+async def running_server(engine=None, **settings):
+    """Serve until the block ends; the server must then end by itself."""
+    engine = engine or FakeTextEngine()
+    config = ServeConfig(**{"port": 0, "shutdown_timeout_s": 0.2} | settings)
+    app = create_app(engine, config)
+    listener = listen(config)
+    port = listener.getsockname()[1]
+    stop, listening = asyncio.Event(), asyncio.Event()
+    task = asyncio.create_task(serve(app, config, stop=stop, listener=listener, on_listening=lambda _: listening.set()))
+    waiting = asyncio.create_task(listening.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        waiting.cancel()
+        task.result()
+    try:
+        yield Running(engine, app, config, f"http://127.0.0.1:{port}", port, stop, task)
+    finally:
+        stop.set()
+        async with asyncio.timeout(10):
+            await task
