@@ -29,7 +29,7 @@ CHAT = (
 )
 PARTS_CHAT = (
     "{% for message in messages %}<|{{ message.role }}|>{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}{{ part.text | upper }}{% endfor %}{% endif %}</s>{% endfor %}"
+    "{% else %}{% for part in message.content %}+{{ part.text }}{% endfor %}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

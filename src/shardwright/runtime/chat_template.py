@@ -1,7 +1,8 @@
 """A conversation to the text that the model was trained on. Knows chat templates; nothing of tokens.
 
 The templates are programs that come with a model. `transformers` runs them in a sandbox (no attributes of Python's
-own, no mutation, plain data in); here they get bounds too: on their own size, on time and on what they may write.
+own, no mutation, plain data in); here they get bounds too: on their own size, on time and on what they may write. A
+hostile template can still take memory until the time is over: models are the operator's choice.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class ChatTemplate:
             if name in _OWN_VARIABLES:
                 raise InvalidRequestError(f"{name} can't be an option of the chat template: the request itself sets it")
         chat = plain_messages(messages, keep_parts=self._takes_parts(template))
+        if continue_last and "content" not in chat[-1]:
+            raise InvalidRequestError(f"messages[{len(chat) - 1}] has no content that could be gone on with")
         variables = {**self._special_tokens, **(options or {})}
         rendering = _Rendering(template, chat, list(tools) or None, variables, continue_last=continue_last)
         text = rendering.result(self._timeout_s)
@@ -101,7 +104,7 @@ class ChatTemplate:
                 )
             except InvalidRequestError:
                 text = ""
-            self._parts[template] = _MARK in text and "type" not in text
+            self._parts[template] = _MARK in text and "'type'" not in text and '"type"' not in text
         return self._parts[template]
 
 
@@ -157,10 +160,16 @@ def _plain_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            function["arguments"] = json.loads(arguments) if arguments.strip() else {}
+            function["arguments"] = arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError as exc:
             raise InvalidRequestError(f"{where}.function.arguments is not JSON: {exc}") from exc
+    if not isinstance(arguments, Mapping | None):
+        raise InvalidRequestError(f"{where}.function.arguments is not a JSON object")
     return {**call, "function": function}
+
+
+class _TimeIsUpError(BaseException):
+    """Set on a template's thread from outside; no template can catch it."""
 
 
 class _Rendering:
@@ -196,7 +205,7 @@ class _Rendering:
         thread.join(timeout_s)
         if thread.is_alive():
             assert thread.ident is not None
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_TimeIsUpError))
             raise InvalidRequestError(
                 f"the model's chat template did not come to an end within {timeout_s:g} s; send shorter messages"
             )
@@ -212,6 +221,8 @@ class _Rendering:
         try:
             rendered, _ = render_jinja_template(**self._arguments)
             self._text = rendered[0]
+        except _TimeIsUpError:
+            return
         except Exception as exc:  # noqa: BLE001  templates raise errors of any kind
             self._error = exc
 
