@@ -27,8 +27,10 @@ def pace(*, decode_s: float = 0.1, token_s: float = 0.001, tokens: int = 512, li
     return StagePace(num_sharing=1, times=times, link_token_s=link_token_s)
 
 
-def limit(stages, *, decodes: int = 8, steps: int = 1, most: float = 512, ratio: float = 2.5) -> float:
-    return chunk_limit(stages, num_decodes=decodes, num_steps=steps, most_tokens=most, max_gap_ratio=ratio)
+def limit(stages, *, decodes: int = 8, steps: int = 1, most: float = 512) -> float:
+    gap_s = decode_gap_s(stages, num_decodes=decodes)
+    most_gap_s = None if gap_s is None else 2.5 * gap_s
+    return chunk_limit(stages, num_decodes=decodes, num_steps=steps, most_tokens=most, most_gap_s=most_gap_s)
 
 
 # --- context ---------------------------------------------------------------------------------------
@@ -114,8 +116,8 @@ def test_a_steps_trip_stays_below_the_ratio():
 
 
 def test_steps_in_flight_share_what_a_gap_has_room_for():
-    """Each other step adds its chunk at one stage: 0.3 s are three chunks of 100 ms."""
-    assert limit([pace(), pace()], steps=2) == pytest.approx(101, abs=1)
+    """Two stages, and one more turn behind the other step: three times (100 ms and the chunk) in 0.5 s."""
+    assert limit([pace(), pace()], steps=2) == pytest.approx(67, abs=1)
 
 
 def test_a_chunks_time_on_a_link_counts():

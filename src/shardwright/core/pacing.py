@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from shardwright.core.step_budget import ContextCost, PromptBudget, chunk_limit
+from shardwright.core.step_budget import ContextCost, PromptBudget, chunk_limit, decode_gap_s
 from shardwright.core.step_times import (
     MOST_STEPS,
     Mix,
@@ -25,6 +25,7 @@ from shardwright.core.step_times import (
     StepShape,
     StepTimes,
     choose_steps_in_flight,
+    octave,
 )
 from shardwright.types import StageAssignment, StepId, StepInput, StepTiming, WorkerId
 
@@ -43,11 +44,18 @@ _MANY_TOKENS = 64
 """A step with so many tokens tells what a link takes for a token; one with fewer tells the delay."""
 
 
+_CONTEXTS_KEPT = 8
+"""Of so many steps of one shape is known what their prompt tokens cost with their context."""
+
+_CHOICES_KEPT = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class _Trip:
     """A step that met no other on its way."""
 
     shape: StepShape
+    num_tokens: int
     num_steps: int  # meant to be in flight
     seconds: float
 
@@ -69,38 +77,68 @@ class Pacing:
         self._max_gap_ratio = max_gap_ratio
         self._whole_chunk = context.effective(token_budget, prefix=0)
         self._times = {stage.worker_id: StepTimes() for stage in stages}
-        self._underway: dict[StepId, tuple[StepShape, int, float | None]] = {}  # sent at; None: behind another
+        self._underway: dict[StepId, _Trip | None] = {}  # None: behind another; its `seconds` are when it was sent
+        self._contexts: dict[int, deque[float]] = {}  # effective over real prompt tokens, by octave of these
         self._small: deque[_Trip] = deque(maxlen=_TRIPS_KEPT)
         self._large: deque[_Trip] = deque(maxlen=_TRIPS_KEPT)
         self._paces = self._measured_paces()
-        self._limits: dict[tuple[int, int], float] = {}
+        self._heard: set[WorkerId] = set()  # since the choices were last made anew
+        self._gaps: dict[int, float | None] = {}  # by number of decodes
+        self._limits: dict[tuple[int, int], float] = {}  # by number of decodes and steps in flight
         self._choices: dict[Mix, int] = {}
+        self._last_choices: dict[Mix, int] = {}  # before the last measurement
 
     # --- measurements ------------------------------------------------------------------------------
 
     def heard(self, worker_id: WorkerId, timings: Iterable[StepTiming]) -> None:
-        """A worker of this epoch reported step times. Others are ignored."""
+        """A worker of this epoch reported step times. Others are ignored.
+
+        Choices are made anew when every worker was heard, or one twice: once in a heartbeat's interval.
+        """
         times = self._times.get(worker_id)
         if times is None:
             return
-        times.add(timings)
+        times.add(timings, cost_of=self._cost_of)
+        is_again = worker_id in self._heard
+        self._heard.add(worker_id)
+        if is_again or len(self._heard) == len(self._times):
+            self._heard.clear()
+            self._refresh()
+
+    def _refresh(self) -> None:
         self._paces = self._measured_paces()
+        self._gaps.clear()
         self._limits.clear()
-        self._choices.clear()
+        self._last_choices |= self._choices
+        if len(self._last_choices) > _CHOICES_KEPT:
+            self._last_choices = self._choices
+        self._choices = {}
+
+    def _cost_of(self, prompt_tokens: int) -> float:
+        """Effective tokens of so many, as in the steps of that size that were sent last."""
+        ratios = self._contexts.get(octave(prompt_tokens))
+        return prompt_tokens * (median(ratios) if ratios else 1.0)
 
     def sent(self, step: StepInput, now: float) -> None:
         """The master sent a step; call it in the order in which they are sent."""
         num_sequences = len(step.slices)
-        shape = StepShape(num_sequences=num_sequences, prompt_tokens=step.num_tokens - num_sequences)
-        self._underway[step.step] = (shape, step.steps_in_flight, None if self._underway else now)
+        extra = step.num_tokens - num_sequences
+        effective = 0.0
+        if extra:
+            for part in step.slices:
+                if part.num_tokens > 1:
+                    effective += self._context.effective(part.num_tokens, prefix=part.start_position) - 1
+            self._contexts.setdefault(octave(extra), deque(maxlen=_CONTEXTS_KEPT)).append(effective / extra)
+        shape = StepShape(num_sequences=num_sequences, prompt_tokens=effective)
+        trip = _Trip(shape, step.num_tokens, step.steps_in_flight, now)
+        self._underway[step.step] = None if self._underway else trip
 
     def back(self, step: StepId, now: float) -> None:
         """The step's answer has come. Unknown steps are ignored."""
-        shape, num_steps, sent_at = self._underway.pop(step, (None, 0, None))
-        if shape is None or sent_at is None:
-            return
-        trips = self._large if shape.num_sequences + shape.prompt_tokens >= _MANY_TOKENS else self._small
-        trips.append(_Trip(shape, num_steps, now - sent_at))
+        trip = self._underway.pop(step, None)
+        if trip is not None:
+            trips = self._large if trip.num_tokens >= _MANY_TOKENS else self._small
+            trips.append(replace(trip, seconds=now - trip.seconds))
 
     def _measured_paces(self) -> list[StagePace]:
         bare = [StagePace(num_sharing=s.num_sharing, times=self._times[s.worker_id]) for s in self._stages]
@@ -108,7 +146,7 @@ class Pacing:
         token_s = 0.0
         large_s = _left_over(bare, self._large)
         if large_s is not None:
-            tokens = median(trip.shape.num_sequences + trip.shape.prompt_tokens for trip in self._large)
+            tokens = median(trip.num_tokens for trip in self._large)
             if delay_s is None:
                 delay_s = large_s
             token_s = max(large_s - delay_s, 0.0) / tokens
@@ -140,7 +178,10 @@ class Pacing:
         chosen = self._choices.get(mix)
         if chosen is None:
             chosen = choose_steps_in_flight(
-                self._paces, mix, chunk_tokens=lambda num_steps: self._limit(mix.num_decodes, num_steps)
+                self._paces,
+                mix,
+                chunk_tokens=lambda num_steps: min(self._limit(mix.num_decodes, num_steps), self._token_budget),
+                current=self._last_choices.get(mix, 1),
             )
             self._choices[mix] = chosen
         return chosen
@@ -161,10 +202,16 @@ class Pacing:
                 num_decodes=num_decodes,
                 num_steps=num_steps,
                 most_tokens=self._whole_chunk,
-                max_gap_ratio=self._max_gap_ratio,
+                most_gap_s=self._most_gap(num_decodes),
             )
             self._limits[num_decodes, num_steps] = limit
         return limit
+
+    def _most_gap(self, num_decodes: int) -> float | None:
+        if num_decodes not in self._gaps:
+            gap_s = decode_gap_s(self._paces, num_decodes=num_decodes)
+            self._gaps[num_decodes] = None if gap_s is None else gap_s * self._max_gap_ratio
+        return self._gaps[num_decodes]
 
 
 def _left_over(stages: Sequence[StagePace], trips: Sequence[_Trip]) -> float | None:

@@ -6,13 +6,15 @@ the chunk shrinks as the prefix grows.
 
 While no sequence decodes, a step takes what a whole chunk of `token_budget` tokens at the start of a prompt costs.
 While some do, the gap between two tokens of each of them is to stay below `max_gap_ratio` times the gap that they would
-have without prompts. Steps pass each stage in their order, so of what a step's prompt tokens add, a sequence's gap
-holds
+have without prompts. Steps pass each stage and each link in their order, so a step's way from the master and back
+takes at most
 
-    own step: sum over stages (e_i(x) + link_i(x))  +  each other step in flight: at most max over stages e_i(x)
+    its own time: sum over stages (t_i + link_i)  +  for each other step in flight: the longest t_i or link_i
 
-(a step that is behind another at one stage has that wait behind it at the next). The largest x that keeps the promise
-is taken; it holds whichever steps carry the prompts, and for links as for stages: a chunk's time on a link is in it.
+for a step that is behind another at one stage has that wait behind it at the next. That much it takes when prompts
+come to a pipeline that computed decodes alone; later, when the steps follow each other evenly, less. With x prompt
+tokens in every step it must stay below the promise, and the largest such x is taken. So it holds whichever steps
+carry the prompts, and a chunk's time on a link is in it as its time at a stage is.
 """
 
 from __future__ import annotations
@@ -92,26 +94,25 @@ class PromptBudget:
 
 
 def chunk_limit(
-    stages: Sequence[StagePace], *, num_decodes: int, num_steps: int, most_tokens: float, max_gap_ratio: float
+    stages: Sequence[StagePace], *, num_decodes: int, num_steps: int, most_tokens: float, most_gap_s: float | None
 ) -> float:
     """Effective prompt tokens that each of so many steps in flight may have beside these decodes, as said above.
 
-    `most_tokens` while nothing decodes, and never more; `UNMEASURED_TOKENS` before decodes and prompts were measured;
-    never fewer than `LEAST_TOKENS`.
+    `most_gap_s` is the promise, None while it is not known. `most_tokens` while nothing decodes, and never more;
+    `UNMEASURED_TOKENS` before decodes and prompts were measured; never fewer than `LEAST_TOKENS`.
     """
     if num_decodes == 0:
         return most_tokens
     known = min((stage.times.most_prompt_tokens for stage in stages), default=0.0)
-    gap_s = decode_gap_s(stages, num_decodes=num_decodes)
-    base_s = cycle_s(stages, split(Mix(num_decodes=num_decodes), num_steps=num_steps, chunk_tokens=0.0))
-    if not known or gap_s is None or base_s is None:
+    if not known or most_gap_s is None:
         return min(UNMEASURED_TOKENS, most_tokens)
-    allowed_s = max_gap_ratio * gap_s - base_s
-    low, high = LEAST_TOKENS, int(min(most_tokens, max(_RAMP * known, UNMEASURED_TOKENS)))
     own = -(-num_decodes // num_steps)
+    low, high = LEAST_TOKENS, int(min(most_tokens, max(_RAMP * known, UNMEASURED_TOKENS)))
     while low < high:
         middle = (low + high + 1) // 2
-        if _added_s(stages, own, middle, num_steps) <= allowed_s:
+        # The prompt's first token counts as one more sequence.
+        shape = StepShape(num_sequences=own + 1, prompt_tokens=middle - 1)
+        if longest_way_s(stages, shape, num_steps=num_steps) <= most_gap_s:
             low = middle
         else:
             high = middle - 1
@@ -125,16 +126,13 @@ def decode_gap_s(stages: Sequence[StagePace], *, num_decodes: int) -> float | No
     return cycle_s(stages, split(mix, num_steps=num_steps, chunk_tokens=0.0))
 
 
-def _added_s(stages: Sequence[StagePace], num_decodes: int, tokens: int, num_steps: int) -> float:
-    """The most by which so many prompt tokens in every step delay a sequence's next token."""
-    without = StepShape(num_sequences=num_decodes)
-    with_prompt = StepShape(num_sequences=num_decodes + 1, prompt_tokens=tokens - 1)
+def longest_way_s(stages: Sequence[StagePace], shape: StepShape, *, num_steps: int) -> float:
+    """The most that a step's way takes when all steps in flight are of this shape. The stages are measured."""
     own_s = longest_s = 0.0
     for stage in stages:
-        base_s = stage.step_s(without, num_steps=num_steps)
-        step_s = stage.step_s(with_prompt, num_steps=num_steps)
-        assert base_s is not None and step_s is not None, "the stages are measured"  # noqa: PT018
-        link_s = stage.link_token_s * tokens
-        own_s += step_s - base_s + link_s
-        longest_s = max(longest_s, step_s - base_s, link_s)
+        step_s = stage.step_s(shape, num_steps=num_steps)
+        assert step_s is not None, f"no time for {shape}"
+        link_s = stage.link_s(shape)
+        own_s += step_s + link_s + stage.link_delay_s
+        longest_s = max(longest_s, step_s, link_s)
     return own_s + (num_steps - 1) * longest_s

@@ -1,9 +1,9 @@
 """How many steps in flight pay: measured step times and link delays in, a number out.
 
-A step's time at a stage is t(b, x): b sequences, and x prompt tokens beyond one for each of them. It is kept as two
-measured tables, t(b, 0) and what x tokens add to it. Let l_i be the delay of the link into stage i. With m steps in
-flight, a step's trip takes sum(t_i + l_i), and in the time in which every step is back once, each stage computes all
-m of them. So all of them are back after
+A step's time at a stage is t(b, x): b sequences, and x prompt tokens beyond one for each of them (in effective tokens,
+see `step_budget.py`). It is kept as two measured tables, t(b, 0) and what x tokens add to it. Let l_i be the delay of
+the link into stage i. With m steps in flight, a step's trip takes sum(t_i + l_i), and in the time in which every step
+is back once, each stage computes all m of them. So all of them are back after
 
     cycle = max( longest trip of a step: sum over stages (t_i + l_i),  busiest stage: sum over steps t_i )
 
@@ -36,7 +36,8 @@ MOST_STEPS = 64
 WORTHWHILE = 1.03
 """More steps in flight have to promise this factor: measured times are not better than a few percent."""
 
-_CANDIDATES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, MOST_STEPS)
+_MOST_WORSE = 4
+"""After so many candidates in a row that bring nothing, no more are looked at."""
 
 _REPORTS_KEPT = 5
 """The median of so many reports is a shape's time: one that something else disturbed doesn't show, a drift does."""
@@ -73,17 +74,18 @@ class Mix:
 class _Shape:
     """The last reports on steps of one shape: (sequences, prompt tokens, mean seconds)."""
 
-    reports: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_REPORTS_KEPT))
+    reports: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=_REPORTS_KEPT))
     is_cold: bool = False  # the only report is of one step alone
 
-    def add(self, timing: StepTiming) -> None:
-        """Take a report. The first step of a shape may prepare kernels and buffers: alone, it counts only until the
-        next report, and not at all for times.
+    def add(self, timing: StepTiming, extra: float) -> None:
+        """Take a report on steps with `extra` prompt tokens.
+
+        The first step of a shape may prepare kernels and buffers: alone, it does not count.
         """
         if self.is_cold:
             self.reports.clear()
         self.is_cold = timing.count == 1 and not self.reports and not self.is_cold
-        self.reports.append((timing.num_sequences, timing.num_tokens - timing.num_sequences, timing.mean_s))
+        self.reports.append((timing.num_sequences, extra, timing.mean_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +136,21 @@ class StepTimes:
         self._decode_curves: dict[int, _Curve] = {}
         self._prompt_curves: dict[int, _Curve] = {}
 
-    def add(self, timings: Iterable[StepTiming]) -> None:
-        """Take a report's means. Those of no step are passed over."""
+    def add(self, timings: Iterable[StepTiming], *, cost_of: Callable[[int], float] = float) -> None:
+        """Take a report's means. Those of no step are passed over.
+
+        `cost_of` tells how many effective tokens that many prompt tokens of the steps reported on were.
+        """
         for timing in timings:
             if timing.count < 1 or not 1 <= timing.num_sequences <= timing.num_tokens:
                 continue
             extra = timing.num_tokens - timing.num_sequences
             if extra:
-                shapes, key = self._prompts, extra.bit_length()
+                shapes, key = self._prompts, octave(extra)
             else:
                 shapes, key = self._decodes, timing.num_sequences
-            shapes.setdefault(timing.concurrency, {}).setdefault(key, _Shape()).add(timing)
+            shape = shapes.setdefault(timing.concurrency, {}).setdefault(key, _Shape())
+            shape.add(timing, cost_of(extra) if extra else 0.0)
         self._draw()
 
     def _draw(self) -> None:
@@ -174,7 +180,7 @@ class StepTimes:
             costs.append((max(mean_s - base_s, 0.0) / extra, extra))
         token_s, _ = median_low(costs)
         tokens = median_low(extra for _, extra in costs)
-        return float(tokens), token_s * tokens
+        return tokens, token_s * tokens
 
     def at(self, num_sequences: float, prompt_tokens: float = 0.0, *, concurrency: int = 1) -> float | None:
         """The time of a step of so many sequences and, beyond one token of each, prompt tokens; in seconds.
@@ -197,6 +203,11 @@ class StepTimes:
     def most_prompt_tokens(self) -> float:
         """The most prompt tokens of a step that was measured, at any concurrency; 0 for none."""
         return max((curve.sizes[-1] for curve in self._prompt_curves.values()), default=0.0)
+
+
+def octave(num_tokens: int) -> int:
+    """Steps whose prompt tokens lie within a factor of two are of one shape."""
+    return num_tokens.bit_length()
 
 
 def _beside(curves: Mapping[int, _Curve], concurrency: int, read: Callable[[_Curve], float]) -> float | None:
@@ -283,10 +294,12 @@ def cycle_s(stages: Sequence[StagePace], shapes: Shapes) -> float | None:
     return max(busiest_s, *trips.values())
 
 
-def choose_steps_in_flight(stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: ChunkLimit) -> int:
+def choose_steps_in_flight(stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: ChunkLimit, current: int = 1) -> int:
     """The fewest steps in flight that no larger number beats by a margin, for what there is to compute.
 
-    `chunk_tokens` is asked for the prompt tokens that one step may have. Before the stages are measured: one step for
+    `chunk_tokens` is asked for the prompt tokens that one step may have. With a `current` choice, one that was made
+    before for such a mix, the larger number has to be beaten itself before it is given up, so that the noise of
+    measurements does not make the choice swing. Before the stages are measured: one step for
     decodes, so that they are measured alone; for prompts one for each stage, since their time grows with their tokens.
     """
     most = min(mix.num_sequences, MOST_STEPS)
@@ -296,17 +309,24 @@ def choose_steps_in_flight(stages: Sequence[StagePace], mix: Mix, *, chunk_token
     if worth is None:
         return min(len(stages), most, max(mix.prompt_tokens // _UNTRIED_TOKENS, 1))
     best_steps, best_rate = 1, 0.0
-    for num_steps in _CANDIDATES:
-        if num_steps > most:
+    num_worse = 0
+    for num_steps in _candidates(mix):
+        if num_worse > _MOST_WORSE:
             break
         shapes = split(mix, num_steps=num_steps, chunk_tokens=chunk_tokens(num_steps))
         seconds = cycle_s(stages, shapes)
-        if not seconds:  # times of zero promise nothing
-            continue
-        rate = worth.of_steps(mix, shapes) / seconds
-        if rate > best_rate * WORTHWHILE:
-            best_steps, best_rate = num_steps, rate
+        rate = worth.of_steps(mix, shapes) / seconds if seconds else 0.0  # times of zero promise nothing
+        num_worse += 1
+        if rate > best_rate * (1.0 if num_steps == current else WORTHWHILE):
+            best_steps, best_rate, num_worse = num_steps, rate, 0
     return best_steps
+
+
+def _candidates(mix: Mix) -> list[int]:
+    """The fewest steps in flight for each size that their largest may have: more for the same size bring nothing."""
+    counts = (mix.num_sequences, mix.num_decodes, mix.num_prompts)
+    steps = {-(-count // size) for count in counts for size in range(1, count + 1)}
+    return sorted(number for number in steps if number <= MOST_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
