@@ -51,11 +51,21 @@ def test_an_endless_event_is_refused(piece):
 
 
 def test_chunks_of_chat_and_text_completions_are_read():
-    assert read_chunk('{"choices":[{"delta":{"content":"a"},"finish_reason":null}]}') == Chunk(text="a")
-    assert read_chunk('{"choices":[{"text":"b","finish_reason":"stop"}]}') == Chunk(text="b", finish_reason="stop")
-    assert read_chunk('{"choices":[{"delta":{"reasoning_content":"hm"}}]}') == Chunk(reasoning="hm")
+    assert read_chunk('{"choices":[{"delta":{"content":"a"},"finish_reason":null}]}') == Chunk(text="a", is_piece=True)
+    assert read_chunk('{"choices":[{"text":"b","finish_reason":"stop"}]}') == Chunk(
+        text="b", finish_reason="stop", is_piece=True
+    )
+    assert read_chunk('{"choices":[{"delta":{"reasoning_content":"hm"}}]}') == Chunk(reasoning="hm", is_piece=True)
     counted = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"prompt_tokens_details":null}}'
     assert read_chunk(counted) == Chunk(usage=Usage(num_prompt=3, num_output=2))
+
+
+def test_only_events_with_a_token_are_pieces():
+    """A chat's first event names the role; a text completion's token may have no text of its own."""
+    assert not read_chunk('{"choices":[{"delta":{"role":"assistant","content":""}}]}').is_piece
+    assert not read_chunk('{"choices":[{"delta":{},"finish_reason":"stop"}]}').is_piece
+    assert read_chunk('{"choices":[{"text":"","finish_reason":null}]}').is_piece
+    assert not read_chunk('{"choices":[{"text":"","finish_reason":"stop"}]}').is_piece
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from shardwright.cli import aio, options
 from shardwright.cli.answers import Answer, JsonPrinter, Printer, TextPrinter, Wish, answer_all
 from shardwright.cli.console import stderr_console, warn
 from shardwright.cli.prompts import Prompt, Split, read_prompts
-from shardwright.cli.start import check_worker_flags, local_worker_options, session_for
+from shardwright.cli.start import session_for
 from shardwright.cli.summary import print_summary
 from shardwright.config import MasterConfig
 from shardwright.errors import ConfigError
@@ -29,7 +29,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command("generate")(generate)
 
 
+@options.expand
 def generate(
+    *,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="What to answer or to continue; - reads standard input.")
     ] = None,
@@ -50,7 +52,6 @@ def generate(
             help="A prompt as token ids, such as 5,17,3; may be repeated, needs no tokenizer.",
         ),
     ] = None,
-    model: options.Model = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -87,17 +88,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    local_workers: options.LocalWorkersCount = 0,
-    registry: options.RegistryFile = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    kv_tokens: options.KvTokens = None,
-    block_size: options.BlockSize = None,
+    flags: options.ModelFlags,
     token_budget: options.TokenBudget = None,
     steps_in_flight: options.StepsInFlight = None,
-    cache_dir: options.CacheDir = None,
-    config: options.ConfigFile = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer prompts with a model cut over several workers.
@@ -114,17 +107,7 @@ def generate(
     With --json each line is one prompt's object: prompt_ids, token_ids, text, finish_reason (stop, length, abort or
     error), stages (worker, start, end; end is exclusive), prefill_s and decode_s; after an error also error.
     """
-    settings = options.master_config(
-        config,
-        model=model,
-        dtype=dtype,
-        registry=registry,
-        cache_dir=cache_dir,
-        kv_tokens=kv_tokens,
-        block_size=block_size,
-        token_budget=token_budget,
-        steps_in_flight=steps_in_flight,
-    )
+    settings = flags.master_config(token_budget=token_budget, steps_in_flight=steps_in_flight)
     wish = make_wish(
         temperature=temperature,
         top_p=top_p,
@@ -135,11 +118,12 @@ def generate(
         ignore_eos=ignore_eos,
         chat=chat,
     )
-    check_worker_flags(local_workers=local_workers, device=device, threads=threads)
+    worker_options = flags.worker_options()
     prompts = read_prompts(argument=prompt, file=file, ids=prompt_ids or (), split=split)
     show = Show(as_json=as_json, summary=summary if summary is not None else sys.stderr.isatty() and not as_json)
-    worker_options = local_worker_options(device=device, threads=threads, cache_dir=cache_dir)
-    code = aio.run(answer_prompts(settings, prompts, wish, show, local_workers=local_workers, options=worker_options))
+    code = aio.run(
+        answer_prompts(settings, prompts, wish, show, local_workers=flags.local_workers, options=worker_options)
+    )
     raise typer.Exit(code)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 
 from shardwright.cli.console import CliState
-from shardwright.config import DEFAULT_MODEL, Config, MasterConfig, WorkerConfig, read_config
+from shardwright.config import DEFAULT_MODEL, Config, MasterConfig, ServeConfig, WorkerConfig, read_config
+from shardwright.errors import ConfigError
 
 DEFAULT_CONFIG_FILE = Path("shardwright.toml")
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -102,6 +107,71 @@ RequestTimeout = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on standard output.")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlags:
+    """Which model, on which workers: what every command takes that looks at a model."""
+
+    model: Model = None
+    local_workers: LocalWorkersCount = 0
+    registry: RegistryFile = None
+    dtype: Dtype = None
+    device: Device = None
+    threads: Threads = None
+    kv_tokens: KvTokens = None
+    block_size: BlockSize = None
+    cache_dir: CacheDir = None
+    config: ConfigFile = None
+
+    def master_config(self, **more: object) -> MasterConfig:
+        """The config with these flags and more of them (None: not given). Raises `ConfigError`."""
+        names = ("model", "registry", "dtype", "kv_tokens", "block_size", "cache_dir")
+        return master_config(self.config, **{name: getattr(self, name) for name in names}, **more)
+
+    def worker_options(self) -> list[str]:
+        """The command line that local workers get; what was not given is left to them.
+
+        Raises `ConfigError` for flags that would have no effect: a registered worker got its own when it was started.
+        """
+        for name, value in (("--device", self.device), ("--threads", self.threads)):
+            if value is not None and not self.local_workers:
+                raise ConfigError(
+                    f"{name} is for --local-workers; a registered worker gets it where it is started: "
+                    f"shardwright worker {name} {value}"
+                )
+        given = (("--device", self.device), ("--threads", self.threads), ("--cache-dir", self.cache_dir))
+        return [word for name, value in given if value is not None for word in (name, str(value))]
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command have a parameter that is a dataclass of options: the fields become options in its place."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = kind
+        hints = get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name]
+            )
+            for each in fields(kind)
+        ]
+
+    @functools.wraps(command)
+    def run(**values: object) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{each.name: values.pop(each.name) for each in fields(kind) if each.name in values})
+        command(**values)
+
+    # Both are what typer reads.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
 def master_config(file: Path | None, **flags: object) -> MasterConfig:
     """Flags (None: not given) over `SHARDWRIGHT_*` over the settings file over the defaults."""
     return _config(MasterConfig, file, flags)
@@ -110,6 +180,11 @@ def master_config(file: Path | None, **flags: object) -> MasterConfig:
 def worker_config(file: Path | None, **flags: object) -> WorkerConfig:
     """Flags (None: not given) over `SHARDWRIGHT_*` over the settings file over the defaults."""
     return _config(WorkerConfig, file, flags)
+
+
+def serve_config(file: Path | None, **flags: object) -> ServeConfig:
+    """Flags (None: not given) over `SHARDWRIGHT_SERVE_*` over the settings file over the defaults."""
+    return _config(ServeConfig, file, flags)
 
 
 def _config(kind: type[Config], file: Path | None, flags: dict[str, object]) -> Config:

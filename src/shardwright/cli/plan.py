@@ -16,7 +16,7 @@ from shardwright.cli import aio, options
 from shardwright.cli.cluster import grpc_transport
 from shardwright.cli.console import one_sentence, stderr_console, stdout_console, warn
 from shardwright.cli.progress import StartProgress
-from shardwright.cli.start import check_worker_flags, local_worker_options, model_and_workers
+from shardwright.cli.start import model_and_workers
 from shardwright.config import MIB, MasterConfig
 from shardwright.errors import MismatchError, WorkerUnreachableError
 
@@ -32,20 +32,8 @@ def add_commands(app: typer.Typer) -> None:
     app.command("verify")(verify)
 
 
-def plan(
-    model: options.Model = None,
-    local_workers: options.LocalWorkersCount = 0,
-    registry: options.RegistryFile = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
-    kv_tokens: options.KvTokens = None,
-    block_size: options.BlockSize = None,
-    as_json: options.AsJson = False,
-    cache_dir: options.CacheDir = None,
-    config: options.ConfigFile = None,
-    debug: options.Debug = False,
-) -> None:
+@options.expand
+def plan(*, flags: options.ModelFlags, as_json: options.AsJson = False, debug: options.Debug = False) -> None:
     """Show which worker would hold which layers, and why. Loads no weights.
 
     The workers are asked what memory and speed they measured of themselves; the model's files are looked for (and
@@ -55,18 +43,8 @@ def plan(
 
     [cyan]shardwright plan --model smollm2-135m --local-workers 3[/cyan]
     """
-    settings = options.master_config(
-        config,
-        model=model,
-        dtype=dtype,
-        registry=registry,
-        cache_dir=cache_dir,
-        kv_tokens=kv_tokens,
-        block_size=block_size,
-    )
-    check_worker_flags(local_workers=local_workers, device=device, threads=threads)
-    worker_options = local_worker_options(device=device, threads=threads, cache_dir=cache_dir)
-    opened, placement = aio.run(_plan(settings, local_workers=local_workers, worker_options=worker_options))
+    settings, worker_options = flags.master_config(), flags.worker_options()
+    opened, placement = aio.run(_plan(settings, local_workers=flags.local_workers, worker_options=worker_options))
     if as_json:
         print(json.dumps(plan_as_json(opened, placement), indent=2))
         return

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwright.cli.cluster import grpc_transport
 from shardwright.cli.console import stderr_console
 from shardwright.cli.progress import StartProgress
 from shardwright.config import MasterConfig
-from shardwright.errors import ConfigError, RegistryError
+from shardwright.errors import RegistryError
 from shardwright.runtime.registry import Registry, WorkerEntry
 
 if TYPE_CHECKING:
     from shardwright.runtime.session import OpenModel, Session
-
-
-def local_worker_options(*, device: str | None, threads: int | None, cache_dir: Path | None) -> list[str]:
-    """The command line that local workers get; what was not given is left to them."""
-    options: list[str] = []
-    for name, value in (("--device", device), ("--threads", threads), ("--cache-dir", cache_dir)):
-        if value is not None:
-            options += [name, str(value)]
-    return options
-
-
-def check_worker_flags(*, local_workers: int, device: str | None, threads: int | None) -> None:
-    """Refuse flags that would have no effect: a registered worker got its own when it was started."""
-    for name, value in (("--device", device), ("--threads", threads)):
-        if value is not None and not local_workers:
-            raise ConfigError(
-                f"{name} is for --local-workers; a registered worker gets it where it is started: "
-                f"shardwright worker {name} {value}"
-            )
 
 
 def registered_workers(config: MasterConfig) -> Sequence[WorkerEntry]:
