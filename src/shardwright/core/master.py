@@ -1,4 +1,4 @@
-"""The master's whole state: events and time in, effects out. Composes cluster, placement, scheduler and step times.
+"""The master's whole state: events and time in, effects out. Composes cluster, placement, scheduler and pacing.
 
 Order of the effects that one event gives: what ends (ClosePipeline, ReleaseStage, DeployFailed), then what begins
 (AssignStage, OpenPipeline, PipelineReady), then EmitPromptScores, EmitToken and Finish (a request's scores and tokens
@@ -42,12 +42,13 @@ from shardwright.core.events import (
     WorkerLost,
 )
 from shardwright.core.liveness import Liveness
+from shardwright.core.pacing import Pacing
 from shardwright.core.placement import Placement, PlacementSettings, place
 from shardwright.core.request_times import Deadlines, Departures
 from shardwright.core.scheduler import Ended, Scheduler
 from shardwright.core.sequence import Sequence
 from shardwright.core.settings import CoreSettings
-from shardwright.core.step_times import Mix, StagePace, StepTimes, choose_steps_in_flight
+from shardwright.core.step_budget import ContextCost
 from shardwright.errors import PlacementError
 from shardwright.types import (
     GREEDY,
@@ -101,8 +102,7 @@ class MasterState:
         self._phase = PipelinePhase.NONE
         self._epoch = settings.first_epoch - 1
         self._stages: tuple[StageAssignment, ...] = ()
-        self._step_times: dict[WorkerId, StepTimes] = {}
-        self._steps_for: dict[int, int] = {}  # choices made since the last measurement, by number of sequences
+        self._pacing: Pacing | None = None  # of the newest pipeline
         self._last_step: StepId = 0
         self._load_deadline: float | None = None
         self._failure = ""  # why the phase is FAILED
@@ -137,7 +137,7 @@ class MasterState:
             case StageLoadFailed():
                 return self._on_load_failed(event)
             case PipelineOpened():
-                return self._on_opened(event, now)
+                return self._on_opened(event)
             case Heartbeat():
                 return self._on_heartbeat(event, now)
             case WorkerLost():
@@ -238,10 +238,8 @@ class MasterState:
 
     def _on_heartbeat(self, event: Heartbeat, now: float) -> list[MasterEffect]:
         known = self._cluster.hear(event.worker_id, event.report, now)
-        times = self._step_times.get(event.worker_id)
-        if known and times is not None and event.report.epoch == self._epoch and event.report.timings:
-            times.add(event.report.timings)
-            self._steps_for.clear()
+        if known and self._pacing is not None and event.report.epoch == self._epoch and event.report.timings:
+            self._pacing.heard(event.worker_id, event.report.timings)
         return []
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str, now: float) -> list[MasterEffect]:
@@ -285,8 +283,11 @@ class MasterState:
         self._phase = PipelinePhase.LOADING
         self._failure = ""
         self._load_deadline = now + self._settings.load_timeout_s
-        self._step_times = {worker_id: StepTimes() for worker_id in placed}
-        self._steps_for.clear()
+        self._pacing = Pacing(
+            self._stages,
+            context=ContextCost(self._costs.context_costs),
+            token_budget=self._settings.token_budget,
+        )
         effects += self._end(self._scheduler.restart(placement.num_blocks - self._num_probe_blocks))
         return effects
 
@@ -347,11 +348,10 @@ class MasterState:
         self._cluster.release(event.worker_id)  # it holds no stage: nothing to release on its side
         return self._fail(f"worker {event.worker_id} could not load its stage: {event.reason}")
 
-    def _on_opened(self, event: PipelineOpened, now: float) -> list[MasterEffect]:
-        if event.epoch != self._epoch or self._phase is not PipelinePhase.OPENING:
-            return []
-        self._phase = PipelinePhase.PROBING
-        return [self._probe(now)]
+    def _on_opened(self, event: PipelineOpened) -> list[MasterEffect]:
+        if event.epoch == self._epoch and self._phase is PipelinePhase.OPENING:
+            self._phase = PipelinePhase.PROBING
+        return []
 
     # --- steps -------------------------------------------------------------------------------------
 
@@ -374,8 +374,15 @@ class MasterState:
         return self._scheduler.pool.num_blocks if self._num_probe_blocks else 0
 
     def _send(self, step: StepInput, now: float) -> SendStep:
+        assert self._pacing is not None, "a pipeline has its pace"
         self._liveness.sent(now)
+        self._pacing.sent(step, now)
         return SendStep(worker_id=self._stages[0].worker_id, step=step)
+
+    def _back(self, step: StepId, now: float) -> None:
+        assert self._pacing is not None, "a pipeline has its pace"
+        self._liveness.back(now)
+        self._pacing.back(step, now)
 
     def _on_tokens(self, event: TokensSampled, now: float) -> list[MasterEffect]:
         if event.epoch != self._epoch or self._phase not in {PipelinePhase.PROBING, PipelinePhase.READY}:
@@ -386,7 +393,7 @@ class MasterState:
         if mismatch is not None:
             return self._recover_or_fail(f"worker {self._stages[-1].worker_id} broke the protocol: {mismatch}", now)
         self._redeploys = 0
-        self._liveness.back(now)
+        self._back(event.step, now)
         effects: list[MasterEffect] = []
         for advance in self._scheduler.complete(event.step, event.tokens, event.prompt_scores):
             sequence, token = advance.sequence, advance.token
@@ -415,7 +422,7 @@ class MasterState:
             what = f"step {event.step} came back with {len(event.tokens)} tokens, expected step {probe} with one"
             return self._recover_or_fail(f"worker {last} broke the protocol: {what}", now)
         self._liveness.probe = None
-        self._liveness.back(now)
+        self._back(event.step, now)
         if self._phase is PipelinePhase.READY:
             return []
         self._phase = PipelinePhase.READY
@@ -428,13 +435,21 @@ class MasterState:
         return self._recover_or_fail(f"worker {event.worker_id} failed at step {event.step}: {event.reason}", now)
 
     def _send_steps(self, now: float) -> list[MasterEffect]:
+        if self._phase is PipelinePhase.PROBING and self._liveness.probe is None:
+            return [self._probe(now)]
         if self._phase is not PipelinePhase.READY:
             return []
         assert self._cluster.all_loaded(), "a pipeline takes steps over workers that are not ready"
+        assert self._pacing is not None, "a pipeline has its pace"
         effects: list[MasterEffect] = []
         num_groups = self._max_steps_in_flight()
         while len(self._scheduler.in_flight) < num_groups:
-            step = self._scheduler.schedule(epoch=self._epoch, step=self._last_step + 1, num_groups=num_groups)
+            step = self._scheduler.schedule(
+                epoch=self._epoch,
+                step=self._last_step + 1,
+                num_groups=num_groups,
+                prompt_budget=self._pacing.prompt_budget,
+            )
             if step is None:
                 break
             self._last_step = step.step
@@ -447,23 +462,7 @@ class MasterState:
     def _max_steps_in_flight(self) -> int:
         if self._settings.max_steps_in_flight is not None:
             return self._settings.max_steps_in_flight
-        open_sequences = len(self._scheduler.running) + len(self._scheduler.waiting)
-        num_sequences = min(self._settings.max_running, open_sequences)
-        chosen = self._steps_for.get(num_sequences)
-        if chosen is None:
-            chosen = choose_steps_in_flight(self._paces(), Mix(num_decodes=num_sequences), chunk_tokens=lambda _: 0.0)
-            self._steps_for[num_sequences] = chosen
-        return chosen
-
-    def _paces(self) -> list[StagePace]:
-        return [
-            StagePace(
-                num_sharing=stage.num_sharing,
-                times=self._step_times[stage.worker_id],
-                link_delay_s=self._cluster.workers[stage.worker_id].capacity.link_delay_s,
-            )
-            for stage in self._stages
-        ]
+        return 1 if self._pacing is None else self._pacing.steps_in_flight(self._scheduler.mix())
 
     def _device_of(self, worker_id: WorkerId) -> tuple[str, str]:
         capacity = self._cluster.workers[worker_id].capacity

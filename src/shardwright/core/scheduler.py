@@ -1,8 +1,9 @@
 """Chooses what the next step computes. Knows sequences and block counts; nothing of tensors, workers or time.
 
 There is no prefill phase and no decode phase: every sequence has computed tokens that catch up with its known
-tokens, under one token budget, running sequences first. Chunked prefill, prefix reuse, preemption by
-recomputation and replay after a failure are all that one loop. A sequence is in at most one step in flight.
+tokens, under one token budget, running sequences first. Those that lack one token take it before the others share what
+is left and what the pace allows, so that no decode waits long behind prompts. Chunked prefill, prefix reuse, preemption
+by recomputation and replay after a failure are all that one loop. A sequence is in at most one step in flight.
 
 Two things make a waiting sequence wait longer although there is room. One whose next block is just what a running
 sequence computes waits until that block is there: n answers to one prompt compute it once. And the rows of logits
@@ -13,12 +14,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, islice, pairwise
+from typing import Protocol
 
 from shardwright.core.block_pool import BlockPool, PrefixKey
 from shardwright.core.sequence import Sequence, SequenceStatus
 from shardwright.core.settings import CoreSettings
+from shardwright.core.step_budget import ContextCost, PromptBudget
+from shardwright.core.step_times import Mix
 from shardwright.types import (
     BlockId,
     Epoch,
@@ -67,6 +71,29 @@ class StepPart:
     num_scored: int  # tokens of the prompt whose scores come back: those after the part's own, from the first on
 
 
+class BudgetFor(Protocol):
+    """Gives one step its allowance of prompt tokens, as `Pacing.prompt_budget` does."""
+
+    def __call__(self, *, num_decodes: int, num_steps: int, tokens: int) -> PromptBudget:
+        """`num_decodes` sequences lack one token, in this step or another; `tokens` are left of the step's budget."""
+
+
+def whole_budget(*, num_decodes: int, num_steps: int, tokens: int) -> PromptBudget:  # noqa: ARG001  as `BudgetFor`
+    """All that the token budget leaves, whatever it costs."""
+    return PromptBudget(ContextCost(), effective=float(tokens), tokens=tokens)
+
+
+@dataclass(slots=True)
+class _Room:
+    """What one step may still take."""
+
+    tokens: int  # of the token budget
+    rows: int  # of logits that score prompts
+    num_steps: int  # that shall be in flight
+    budget_for: BudgetFor
+    prompts: PromptBudget | None = None  # asked for when the decodes have taken theirs
+
+
 def _arrival(sequence: Sequence) -> SeqId:
     return sequence.seq_id
 
@@ -80,6 +107,13 @@ def _urgency(sequence: Sequence) -> tuple[bool, int, SeqId]:
     if sequence.num_missing_tokens == 1:
         return False, sequence.last_turn, sequence.seq_id
     return True, 0, sequence.seq_id
+
+
+def _num_scored(sequence: Sequence, start: int, count: int) -> int:
+    """How many scores of the prompt so many tokens from `start` on bring."""
+    if not sequence.has_unscored or start < sequence.next_scored - 1:
+        return 0
+    return min(start + count, sequence.num_prompt_tokens - 1) - start
 
 
 def _wrong_scores(part: StepPart, scores: PromptScores) -> str | None:
@@ -205,15 +239,23 @@ class Scheduler:
 
     # --- the next step -----------------------------------------------------------------------------
 
-    def schedule(self, *, epoch: Epoch, step: StepId, num_groups: int) -> StepInput | None:
+    def schedule(
+        self, *, epoch: Epoch, step: StepId, num_groups: int, prompt_budget: BudgetFor = whole_budget
+    ) -> StepInput | None:
         """The next step, or None when nothing can be computed before a step in flight is back.
 
         `num_groups` is how many steps shall be in flight: each takes its share of the sequences.
         """
-        chosen, may_admit = self._continue_running(-(-len(self.running) // num_groups))
-        if may_admit:
+        room = _Room(
+            tokens=self._settings.token_budget,
+            rows=self._settings.prompt_logprob_tokens,
+            num_steps=num_groups,
+            budget_for=prompt_budget,
+        )
+        chosen, left = self._continue_running(room, -(-len(self.running) // num_groups))
+        if left is not None:
             num_sequences = min(self._settings.max_running, len(self.running) + len(self.waiting))
-            self._admit(chosen, -(-num_sequences // num_groups))
+            self._admit(chosen, left, -(-num_sequences // num_groups))
         if not chosen:
             return None
         for sequence, _ in sorted(chosen, key=lambda pair: pair[0].last_turn):
@@ -230,23 +272,38 @@ class Scheduler:
         self._dropped.clear()
         return dropped
 
-    def _most_tokens(self, sequence: Sequence, budget: int, score_budget: int) -> int:
-        """How many tokens the sequence may compute in a step with so much left.
+    def mix(self) -> Mix:
+        """What there is to compute: of the sequences that run and of those that are next to."""
+        num_decodes = num_prompts = prompt_tokens = 0
+        for sequence in chain(self.running, islice(self.waiting, self._settings.max_running - len(self.running))):
+            lacking = len(sequence.tokens) - sequence.num_computed_tokens
+            if lacking == 1:
+                num_decodes += 1
+            else:
+                num_prompts += 1
+                prompt_tokens += lacking
+        return Mix(num_decodes=num_decodes, num_prompts=num_prompts, prompt_tokens=prompt_tokens)
 
-        A slice whose scores are wanted begins where they begin: what comes before is computed in one of its own.
+    def _take(self, room: _Room, sequence: Sequence, start: int) -> int:
+        """How many tokens from `start` on the sequence shall compute in the step; takes them out of its room.
+
+        0: none in this step; never for the first that asks. A slice whose scores are wanted begins where they begin:
+        what comes before is computed in one of its own.
         """
-        count = min(sequence.num_missing_tokens, budget)
-        if not sequence.has_unscored:
-            return count
-        before = sequence.next_scored - 1 - sequence.num_computed_tokens
-        return min(count, before if before > 0 else score_budget)
-
-    def _num_scored(self, sequence: Sequence, count: int) -> int:
-        """How many scores the next `count` tokens bring."""
-        start = sequence.num_computed_tokens
-        if not sequence.has_unscored or start < sequence.next_scored - 1:
-            return 0
-        return min(start + count, sequence.num_prompt_tokens - 1) - start
+        count = min(len(sequence.tokens) - start, room.tokens)
+        if sequence.has_unscored:
+            before = sequence.next_scored - 1 - start
+            count = min(count, before if before > 0 else room.rows)
+        if count > 1:
+            if room.prompts is None:
+                num_decodes = sum(len(s.tokens) - s.num_computed_tokens == 1 for s in self.running)
+                room.prompts = room.budget_for(num_decodes=num_decodes, num_steps=room.num_steps, tokens=room.tokens)
+            count = room.prompts.grant(prefix=start, wanted=count)
+            if count:
+                room.prompts.spend(prefix=start, count=count)
+        room.tokens -= count
+        room.rows -= _num_scored(sequence, start, count)
+        return count
 
     def _is_being_computed(self) -> set[PrefixKey]:
         """The next block of each running sequence that has all tokens for it: these are sure to be known soon."""
@@ -259,40 +316,35 @@ class Scheduler:
                 keys.add(pool.key(sequence.prefix_node, sequence.tokens[begin : begin + size]))
         return keys
 
-    def _continue_running(self, most_parts: int) -> tuple[list[tuple[Sequence, int]], bool]:
+    def _continue_running(self, whole: _Room, most_parts: int) -> tuple[list[tuple[Sequence, int]], _Room | None]:
         """Tokens for running sequences, most urgent first; blocks in order of arrival.
 
         Waiting ones don't count in `most_parts`: if they find no room, the running ones still share out evenly. The
-        second value tells whether new ones may be admitted: not in a step that had to take blocks away.
+        second value is what is left for them; None when none may be admitted: in a step that had to take blocks away.
         """
         ready = [sequence for sequence in self.running if not sequence.num_in_flight]
         preemptions = self.total_preemptions
         blocked = False
         granted: list[tuple[Sequence, int]] = []
+        room = whole
         while ready and not granted:
-            budget = self._settings.token_budget
-            score_budget = self._settings.prompt_logprob_tokens
-            wanted: list[tuple[Sequence, int]] = []
-            for sequence in sorted(ready, key=_urgency)[:most_parts]:
-                count = self._most_tokens(sequence, budget, score_budget)
-                if count == 0:
-                    continue
-                budget -= count
-                score_budget -= self._num_scored(sequence, count)
-                wanted.append((sequence, count))
+            room = replace(whole)
+            asked = sorted(ready, key=_urgency)[:most_parts]
+            wanted = [(s, count) for s in asked if (count := self._take(room, s, s.num_computed_tokens))]
+            assert wanted, "the first that asks gets something"
             wanted.sort(key=lambda pair: pair[0].seq_id)
             for sequence, count in wanted:
                 if sequence.status is not SequenceStatus.RUNNING:
                     continue  # an earlier one took its blocks
-                room = self._make_room(sequence, count)
-                if room:
-                    granted.append((sequence, room))
+                found = self._make_room(sequence, count)
+                if found:
+                    granted.append((sequence, found))
                 else:
                     blocked = True
             # Those that found no room keep their blocks and wait for a step in flight; others may go on.
-            asked = {sequence.seq_id for sequence, _ in wanted}
-            ready = [s for s in ready if s.seq_id not in asked and s.status is SequenceStatus.RUNNING]
-        return granted, not blocked and self.total_preemptions == preemptions
+            passed = {sequence.seq_id for sequence, _ in wanted}
+            ready = [s for s in ready if s.seq_id not in passed and s.status is SequenceStatus.RUNNING]
+        return granted, None if blocked or self.total_preemptions != preemptions else room
 
     def _make_room(self, sequence: Sequence, count: int) -> int:
         """Give the sequence blocks for up to `count` more tokens; how many they are for, 0 for not now.
@@ -323,23 +375,20 @@ class Scheduler:
         insort(self.waiting, victim, key=_arrival)
         self.total_preemptions += 1
 
-    def _admit(self, chosen: list[tuple[Sequence, int]], most_parts: int) -> None:
+    def _admit(self, chosen: list[tuple[Sequence, int]], room: _Room, most_parts: int) -> None:
         """Start waiting sequences in order of arrival, as long as budget, places and blocks last.
 
         Those that wait for another's block, or for rows of scores, keep their place while later ones pass.
         """
-        budget = self._settings.token_budget - sum(count for _, count in chosen)
-        score_budget = self._settings.prompt_logprob_tokens
-        score_budget -= sum(self._num_scored(sequence, count) for sequence, count in chosen)
         awaitable: set[PrefixKey] | None = None
         held = 0
-        while held < min(len(self.waiting), _MOST_HELD) and budget and len(chosen) < most_parts:
+        while held < min(len(self.waiting), _MOST_HELD) and room.tokens and len(chosen) < most_parts:
             if len(self.running) >= self._settings.max_running or not self.pool.num_free:
                 return
             sequence = self.waiting[held]
             if awaitable is None and self.pool.prefix_cache:
                 awaitable = self._is_being_computed()
-            if (sequence.has_unscored and not score_budget) or (awaitable and sequence.awaited in awaitable):
+            if (sequence.has_unscored and not room.rows) or (awaitable and sequence.awaited in awaitable):
                 held += 1
                 continue
             cached, node = self.pool.find_prefix(sequence.tokens, sequence.num_reusable_tokens)
@@ -351,14 +400,15 @@ class Scheduler:
             missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
             if missing + self.pool.num_idle(cached) > self.pool.num_free:
                 return
+            count = self._take(room, sequence, len(cached) * self.pool.block_size)
+            if not count:
+                return
             del self.waiting[held]
             self._begin(sequence, cached, node)
             if awaitable is not None and sequence.awaited is not None:
                 awaitable.add(sequence.awaited)
-            count = self._make_room(sequence, self._most_tokens(sequence, budget, score_budget))
-            assert count, "admission counted the blocks"
-            budget -= count
-            score_budget -= self._num_scored(sequence, count)
+            found = self._make_room(sequence, count)
+            assert found == count, "admission counted the blocks"
             chosen.append((sequence, count))
 
     def _next_key(self, sequence: Sequence, num_cached: int, node: int) -> PrefixKey | None:
@@ -386,7 +436,7 @@ class Scheduler:
 
     def _launch(self, sequence: Sequence, count: int) -> StepPart:
         start = sequence.num_computed_tokens
-        num_scored = self._num_scored(sequence, count)
+        num_scored = _num_scored(sequence, start, count)
         sequence.num_in_flight = count
         return StepPart(
             sequence=sequence,
