@@ -96,6 +96,8 @@ def test_switches_are_read_from_words(text, value):
         ({"SHARDWRIGHT_BLOCK_SIZE": "many"}, "SHARDWRIGHT_BLOCK_SIZE is 'many'; it must be a whole number"),
         ({"SHARDWRIGHT_PREFIX_CACHE": "maybe"}, "SHARDWRIGHT_PREFIX_CACHE is 'maybe'; it must be true or false"),
         ({"SHARDWRIGHT_BLOCK_SIZE": "0"}, "block_size is 0; it must be between 1 and 1024"),
+        ({"SHARDWRIGHT_MAX_WAITING": "-1"}, "max_waiting is -1; it must be between 0 and 1048576"),
+        ({"SHARDWRIGHT_PROBE_INTERVAL_S": "-2"}, "probe_interval_s is -2.0; it must be 0 (never) or above"),
         ({"SHARDWRIGHT_KV_TOKENS": "3"}, "kv_tokens is 3; it must be at least 16"),
         ({"SHARDWRIGHT_DTYPE": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
         ({"SHARDWRIGHT_HEARTBEAT_INTERVAL_S": "0"}, "heartbeat_interval_s is 0.0; it must be above 0 seconds"),

@@ -161,6 +161,43 @@ async def test_closing_the_master_ends_every_request_and_leaves_no_task(pipeline
     assert others() == []
 
 
+async def test_a_fault_of_the_core_ends_every_request_and_is_not_hidden(pipeline, monkeypatch, caplog):
+    async with fake_master(pipeline) as engine:
+        pipeline.open_.clear()
+        _, reader = await engine.submit((5,), GREEDY, up_to(3))
+
+        def broken(event, now):
+            raise AssertionError("block 3 is twice there")
+
+        monkeypatch.setattr(engine._state, "handle", broken)
+        with pytest.raises(AssertionError):
+            await engine.submit((6,), GREEDY, up_to(3))
+        (end,) = await events_of(reader)
+        assert end.reason is FinishReason.ERROR
+        assert "block 3 is twice there" in end.message
+        assert not engine.is_ready()
+        with pytest.raises(ClusterError, match="block 3 is twice there"):
+            await engine.submit((6,), GREEDY, up_to(3))
+        monkeypatch.undo()
+        pipeline.open_.set()
+        await asyncio.sleep(0.05)
+    assert "block 3 is twice there" in caplog.text
+    assert others() == []
+
+
+async def test_an_idle_pipeline_is_tried_and_ready_means_that_it_answers(pipeline):
+    async with fake_master(pipeline, probe_interval_s=0.05) as engine:
+        for _ in range(6):
+            await asyncio.sleep(0.04)
+            assert engine.is_ready()
+        assert len(pipeline.steps) > 3
+        pipeline.open_.clear()
+        await until(lambda: not engine.is_ready())
+        assert engine.snapshot().ready, "the pipeline is up, but nothing comes out of it"
+        pipeline.open_.set()
+        await until(engine.is_ready)
+
+
 class Clock:
     """A clock that can leap, as it does for a process that was stopped."""
 

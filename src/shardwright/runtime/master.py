@@ -286,15 +286,20 @@ class MasterEngine:
     # --- core --------------------------------------------------------------------------------------
 
     def _handle(self, event: MasterEvent) -> None:
-        if self._closed and not isinstance(event, Heartbeat):
+        if self._crash is not None or (self._closed and not isinstance(event, Heartbeat)):
             return
         self._events_due.append(event)
         if len(self._events_due) > 1:
             return  # an effect of the event that is being handled led here: its other effects come first
-        while self._events_due:
-            for effect in self._state.handle(self._events_due[0], self._now()):
-                self._apply(effect)
-            self._events_due.popleft()
+        try:
+            while self._events_due:
+                for effect in self._state.handle(self._events_due[0], self._now()):
+                    self._apply(effect)
+                self._events_due.popleft()
+        except Exception as exc:
+            self._events_due.clear()
+            self._on_crash(f"handling {type(event).__name__}", exc)
+            raise
         self._tell_soon()
         self._set_timer()
 
@@ -425,13 +430,16 @@ class MasterEngine:
         return task
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        """A task that ends with an exception is a bug here; every client hears of it instead of waiting for ever."""
+        """A task that ends with an exception is a bug here."""
         self._tasks.discard(task)
-        if task.cancelled() or task.exception() is None:
-            return
-        self._crash = task.exception()
-        log.critical("%s crashed", task.get_name(), exc_info=self._crash)
-        reason = f"internal error in {task.get_name()}: {self._crash!r}"
+        if not task.cancelled() and (error := task.exception()) is not None and self._crash is None:
+            self._on_crash(task.get_name(), error)
+
+    def _on_crash(self, what: str, error: BaseException) -> None:
+        """A bug here or in the core: every client hears of it instead of waiting for ever, and nothing goes on."""
+        self._crash = error
+        log.critical("%s crashed", what, exc_info=error)
+        reason = f"internal error in {what}: {error!r}"
         self._fail(reason)
         for seq_id in tuple(self._clients):
             self._finish(FinishEvent(seq_id=seq_id, reason=FinishReason.ERROR, message=reason))
