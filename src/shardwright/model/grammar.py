@@ -41,6 +41,7 @@ read its own text as it has never seen it.
 """
 
 _LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=1000,  # about 4 for each optional property that may come next; 10 to 25 ms a token
     initial_lexer_fuel=1_000_000,  # about 20 ms
     step_lexer_fuel=200_000,  # about 14 ms a token
     step_max_items=50_000,  # about 3 ms a token
@@ -49,6 +50,7 @@ _LIMITS = llguidance.LLParserLimits(
     verbose_errors=False,
 )
 
+_TRIED_TOKENS = 4
 _MAX_REASON = 1000  # characters; the library's can quote a whole source
 
 _RULE_OPTION = re.compile(r"^[ \t]*[!?]?[a-z_][\w-]*[ \t]*\[[^\]\n]*\b(temperature|stop)[ \t]*=", re.MULTILINE)
@@ -108,14 +110,13 @@ class GrammarCompiler:
             )
         if self._tokenizer is None:
             self._tokenizer = _make_tokenizer(self._vocabulary)
-        try:
-            compiled = llguidance.LLMatcher(self._tokenizer, _lark(grammar), log_level=0, limits=_LIMITS)
-        except ValueError as exc:  # lone surrogates, and bytes that no grammar may have
-            raise InvalidRequestError(f"the {grammar.kind.value} can't be used: {exc}") from exc
+        compiled = llguidance.LLMatcher(self._tokenizer, _lark(grammar), log_level=0, limits=_LIMITS)
         if not compiled.is_error():
             compiled.compute_bitmask()  # also the first work of each copy, done once
-        if compiled.is_error():
-            raise InvalidRequestError(f"the {grammar.kind.value} can't be used: {_reason(compiled, grammar)}")
+        for tried in (compiled, _after_some_tokens(compiled)):
+            # A token that leads nowhere is found out here only at the start; a model may well take another.
+            if tried.is_error() and (tried is compiled or tried.stop_reason() != "NoExtensionBias"):
+                raise InvalidRequestError(f"the {grammar.kind.value} can't be used: {_reason(tried, grammar)}")
         return compiled
 
 
@@ -190,20 +191,6 @@ class GrammarMatcher:
         bits[:] = self._stop_bits
 
 
-def read_token_bytes(tokenizer_json: str) -> tuple[tuple[bytes, ...], frozenset[TokenId]]:
-    """The bytes of each token of a `tokenizers` file, and which are special; what `encode_vocabulary` takes.
-
-    Raises `InvalidRequestError` for a tokenizer whose tokens don't stand for bytes of their own.
-    """
-    try:
-        tokenizer = llguidance.LLTokenizer(tokenizer_json, slices=[])
-    except ValueError as exc:
-        raise InvalidRequestError(f"this model's tokenizer can't be used with grammars: {exc}") from exc
-    ids = range(tokenizer.vocab_size)
-    special = frozenset(i for i in ids if tokenizer.is_special_token(i))
-    return tuple(bytes(tokenizer.decode_bytes([i])) for i in ids), special
-
-
 class _Tokens:
     """The vocabulary as `LLTokenizer` takes it (its `TokenizerWrapper`)."""
 
@@ -269,6 +256,17 @@ def _with_whitespace(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": {**options, "whitespace_pattern": _WHITESPACE}}
 
 
+def _after_some_tokens(compiled: Any) -> Any:
+    """The grammar behind a few of its tokens: what is too large often shows behind the first bracket."""
+    tried = compiled.deep_copy()
+    for _ in range(_TRIED_TOKENS):
+        if tried.is_error() or tried.is_stopped():
+            break
+        allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
+        tried.consume_token(int(allowed.argmax()))
+    return tried
+
+
 def _reason(compiled: Any, grammar: Grammar) -> str:
     """The library's message, without what the user has not written, and not endless."""
     message = str(compiled.get_error()).replace("<non-verbose/>", "").strip()
@@ -278,7 +276,8 @@ def _reason(compiled: Any, grammar: Grammar) -> str:
         message = "\n".join(line for line in message.splitlines() if not line.endswith(_OPTIONS))
     else:
         message = _PLACE.sub("", _SOURCE_LINES.sub("", message)).strip()
-    return message if len(message) <= _MAX_REASON else f"{message[:_MAX_REASON]} ..."
+    half = _MAX_REASON // 2
+    return message if len(message) <= _MAX_REASON else f"{message[:half]} ... {message[-half:]}"
 
 
 def _first_line(message: str) -> str:
