@@ -229,8 +229,7 @@ class ToolParser:
         if not at_end:
             if not self._streaming or self._may_have_head:
                 return False
-            # Arguments before the name, perhaps: such an object is read when it is whole.
-            if _ARGUMENTS_FIRST.match(self._buffer) and self._find_end() is None:
+            if self._may_be_unusual() and self._find_end() is None:
                 return False
         end = self._find_end()
         call = None if end is None else self._read(self._buffer[:end])
@@ -242,6 +241,15 @@ class ToolParser:
         self._buffer = self._buffer[end:]
         self._state = _State.START if self._several else _State.END
         return True
+
+    def _may_be_unusual(self) -> bool:
+        """Whether it may be a call with the arguments before the name, or in a string: such a one is read whole."""
+        beginning = self._buffer[:MAX_HEAD_CHARS]
+        for parts in _UNUSUAL:
+            found = _match_parts(beginning, parts)
+            if found is NEED_MORE or (isinstance(found, Head) and found.name in self._names | {""}):
+                return True
+        return False
 
     def _find_end(self) -> int | None:
         """Behind the object at the buffer's beginning; None: not there yet. What was scanned is not scanned again."""
@@ -333,7 +341,6 @@ def parse_answer(
 
 _PYTHON_TAG = "<|python_tag|>"
 _FENCES = ("```json", "```tool_code", "```tool_call", "```")
-_ARGUMENTS_FIRST = re.compile(r'\{\s*"(?:parameters|arguments)"')
 _BARE_PREFIX = re.compile(r"(?:[\s;,]|<\|python_tag\|>|```(?:json|tool_code|tool_call)?)*")
 
 
@@ -394,6 +401,11 @@ _HEADS = tuple(
     ("{", *kind, '"name"', ":", None, ",", key, ":", "{")
     for kind in ((), ('"type"', ":", '"function"', ","))
     for key in ('"arguments"', '"parameters"')
+)
+_UNUSUAL: tuple[tuple[str | None, ...], ...] = tuple(
+    parts
+    for key in ('"arguments"', '"parameters"')
+    for parts in (("{", key, ":"), ("{", '"name"', ":", None, ",", key, ":", '"'))
 )
 
 

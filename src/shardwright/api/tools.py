@@ -198,11 +198,10 @@ def call_grammar(
         lines.insert(0, f"start: {calls} | TEXT")
         lines.append(r"TEXT: /[^{](.|\n)*/")
     else:
-        more = "(call TEXT?)*" if several else "(call TEXT?)?"
-        lines.insert(0, f"start: TEXT? {more}")
-        opening = "".join(f"\\{char}" if char in r"\/|<>.()[]{}*+?^$" else char for char in style.opening)
-        opening = opening.replace(r"\<", "<").replace(r"\>", ">")
-        lines.append(rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{opening}(.|\n)*/")
+        # Text is free until a call's marker is there, then the call is not: the lazy rule ends at the first marker.
+        lines.insert(0, f"start: (head inner){'*' if several else '?'} TEXT")
+        lines.append("head[lazy]: TEXT " + _quoted(style.opening))
+        lines.append(r"TEXT: /(.|\n)*/")
     return Grammar(kind=GrammarKind.LARK, source="\n".join(lines) + "\n")
 
 
@@ -229,9 +228,13 @@ def _json_call(style: ToolStyle, tools: Sequence[FunctionDefinition], *, all_str
             }
         )
     schema = compact_schema({"anyOf": alternatives, "$defs": definitions}, "tools")
-    opening = f"{_quoted(style.opening + chr(10))} " if style.opening else ""
-    closing = f" {_quoted(chr(10) + style.closing)}" if style.closing else ""
-    return [f"call: {opening}object{closing}", f"object: %json {schema}"]
+    if style.is_bare:
+        return ["call: object", f"object: %json {schema}"]
+    return [
+        f"call: {_quoted(style.opening)} inner",
+        f'inner: "\\n" object {_quoted(chr(10) + style.closing)}',
+        f"object: %json {schema}",
+    ]
 
 
 def _parameters(tool: FunctionDefinition, *, all_strict: bool) -> dict[str, Any]:
@@ -274,7 +277,8 @@ class _MarkedCalls:
         mark = _quoted(self._style.text_mark)
         first = self._style.text_mark[0]
         return [
-            f"call: {_quoted(self._style.opening)} ({' | '.join(calls)}) {_quoted(self._style.closing)}",
+            f"call: {_quoted(self._style.opening)} inner",
+            f"inner: ({' | '.join(calls)}) {_quoted(self._style.closing)}",
             *self._rules,
             f"text: {mark} CHARS? {mark}",
             rf"CHARS: /[^{first}]+/",
