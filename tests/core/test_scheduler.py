@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from shardwright.core.scheduler import Scheduler
+from shardwright.core.scheduler import BudgetFor, Scheduler, whole_budget
 from shardwright.core.sequence import Sequence, SequenceStatus
+from shardwright.core.step_budget import LEAST_TOKENS, ContextCost, PromptBudget
 from shardwright.types import FinishReason, StepInput, StopConditions
 
 
@@ -20,6 +21,7 @@ class Driver:
         self.num_groups = num_groups
         self.last_step = 0
         self.open: dict[int, Sequence] = {}
+        self.allowance: BudgetFor = whole_budget
 
     def add(self, seq_id: int, num_prompt: int, *, new: int = 100, first: int = 0) -> Sequence:
         """A prompt of its own (no shared prefix) unless `first` says otherwise."""
@@ -36,7 +38,9 @@ class Driver:
         return sequence
 
     def step(self) -> StepInput | None:
-        step = self.scheduler.schedule(epoch=1, step=self.last_step + 1, num_groups=self.num_groups)
+        step = self.scheduler.schedule(
+            epoch=1, step=self.last_step + 1, num_groups=self.num_groups, prompt_budget=self.allowance
+        )
         if step is not None:
             self.last_step = step.step
         self.check()
@@ -136,7 +140,7 @@ def test_the_latest_arrival_gives_its_blocks_up_and_is_computed_again():
     assert driver.scheduler.total_preemptions == 1
 
 
-def test_a_preempted_sequence_finds_its_own_blocks_if_nobody_took_them():
+def test_the_latest_arrival_waits_with_its_blocks_rather_than_give_them_up_to_itself():
     driver = Driver(num_blocks=5, token_budget=64)
     driver.add(1, 8, new=2)
     second = driver.add(2, 8, new=4)
@@ -144,6 +148,36 @@ def test_a_preempted_sequence_finds_its_own_blocks_if_nobody_took_them():
     assert driver.shape() == [(1, 1)]  # took the last free block; 2 wants one too and is the latest: it waits
     assert second.status is SequenceStatus.RUNNING
     assert driver.shape() == [(2, 1)]
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_if_nobody_took_them():
+    """One block is taken of the second's three; the first two are there when it comes back."""
+    driver = Driver(num_blocks=5, token_budget=64)
+    driver.add(1, 8, new=3)
+    second = driver.add(2, 12, new=2)
+    assert driver.shape() == [(1, 8), (2, 12)]
+    assert driver.shape() == [(1, 1)]
+    assert (second.status, second.num_preemptions) == (SequenceStatus.WAITING, 1)
+    assert driver.shape() == [(1, 1)]
+    assert driver.shape() == [(2, 5)]
+
+
+def test_the_oldest_is_never_preempted_and_the_others_are_first_in_their_turn():
+    """Six sequences that can't all be held: each ends, in order of arrival, whatever was taken from it before."""
+    driver = Driver(num_blocks=6, token_budget=64, prefix_cache=False)
+    sequences = [driver.add(seq_id, 5, new=12) for seq_id in range(1, 7)]
+    ended: list[int] = []
+    while driver.open:
+        oldest = min(driver.open)
+        before = driver.open[oldest].num_preemptions
+        computed = driver.open[oldest].num_output_tokens
+        assert driver.shape()
+        if oldest in driver.open:
+            assert driver.open[oldest].num_preemptions == before
+            assert driver.open[oldest].num_output_tokens == computed + 1
+        ended += [s.seq_id for s in sequences if s.status is SequenceStatus.FINISHED and s.seq_id not in ended]
+    assert ended == [1, 2, 3, 4, 5, 6]
+    assert driver.scheduler.total_preemptions == sum(s.num_preemptions for s in sequences) > 1
 
 
 def test_nobody_loses_blocks_to_a_later_arrival():
@@ -191,6 +225,113 @@ def test_blocks_are_offered_for_reuse_when_their_step_is_back():
     assert pool.find_prefix(range(100, 109))[0] == []
     driver.back(step)
     assert len(pool.find_prefix(range(100, 109))[0]) == 2
+
+
+def test_answers_to_one_prompt_compute_it_once():
+    """The others wait for the first one's chunks, the one in flight and those after it, and compute the rest."""
+    driver = Driver(token_budget=8, num_blocks=40)
+    for seq_id in (1, 2, 3):
+        driver.add(seq_id, 18, first=100)
+    assert driver.shape() == [(1, 8)]
+    assert driver.shape() == [(1, 8)]
+    assert driver.shape() == [(1, 2), (2, 2), (3, 2)]
+    assert driver.scheduler.total_cached_tokens == 32
+
+
+def test_who_waits_for_anothers_block_holds_up_nobody_and_keeps_its_place():
+    driver = Driver(token_budget=8)
+    driver.add(1, 10, first=100)
+    step = driver.step()
+    driver.add(2, 10, first=100)
+    driver.add(3, 3)
+    driver.add(4, 3)
+    driver.num_groups = 2
+    late = driver.step()
+    assert [s.seq_id for s in late.slices] == [3, 4]
+    driver.back(step)
+    driver.num_groups = 1
+    assert [s.seq_id for s in driver.step().slices] == [1, 2]
+
+
+def test_waiting_for_a_block_ends_with_the_sequence_that_computes_it():
+    driver = Driver(token_budget=4, num_groups=2)
+    driver.add(1, 12, first=100)
+    step = driver.step()
+    driver.add(2, 12, first=100)
+    assert driver.step() is None
+    driver.end(1)
+    assert [(s.seq_id, s.start_position) for s in driver.step().slices] == [(2, 0)]
+    driver.back(step)
+
+
+def test_waiting_for_a_block_outlives_no_preemption():
+    """The second computes what the third wants and loses its blocks to the first: both are done in the end."""
+    driver = Driver(token_budget=4, num_blocks=5)
+    driver.add(1, 7, new=9)
+    while driver.open[1].num_output_tokens == 0:
+        driver.shape()
+    driver.add(2, 12, first=100, new=2)
+    driver.add(3, 12, first=100, new=2)
+    carried = [seq_id for _ in range(40) for seq_id, _ in driver.shape()]
+    assert not driver.open
+    assert carried.index(2) < carried.index(3)
+    assert driver.scheduler.total_preemptions > 0
+
+
+def test_without_the_prefix_cache_nobody_waits_for_a_block():
+    driver = Driver(token_budget=32, prefix_cache=False)
+    driver.add(1, 8, first=100)
+    driver.add(2, 8, first=100)
+    assert driver.shape() == [(1, 8), (2, 8)]
+
+
+def test_the_last_block_of_a_prompt_is_not_worth_waiting_for():
+    """Of eight tokens only the first four could be reused: with four there is nothing to wait for."""
+    driver = Driver(token_budget=32)
+    driver.add(1, 4, first=100)
+    driver.add(2, 4, first=100)
+    assert driver.shape() == [(1, 4), (2, 4)]
+
+
+def test_a_step_looks_past_a_bounded_number_of_waiting_sequences():
+    driver = Driver(token_budget=8, num_blocks=40)
+    driver.add(1, 20, first=100)
+    for seq_id in range(2, 80):
+        driver.add(seq_id, 20, first=100)
+    late = driver.add(80, 1)
+    step = driver.step()
+    assert [s.seq_id for s in step.slices] == [1]
+    assert late.status is SequenceStatus.WAITING
+
+
+def test_prompts_share_what_the_pace_allows_and_decodes_take_theirs_first():
+    """Forty effective tokens beside one decode: the long prefix gets fewer of them, and a crumb is left."""
+    asked: list[dict] = []
+
+    def allowance(**values: int) -> PromptBudget:
+        asked.append(values)
+        return PromptBudget(ContextCost(((1000, 0.01),)), effective=60.0, tokens=values["tokens"])
+
+    driver = Driver(token_budget=64, num_blocks=200)
+    driver.add(1, 4)
+    driver.shape()
+    driver.add(2, 100)
+    driver.allowance = allowance
+    counts = [driver.shape() for _ in range(3)]
+    assert [seq_id for seq_id, _ in counts[0]] == [1, 2]
+    chunks = [count for shape in counts for seq_id, count in shape if seq_id == 2]
+    assert 63 > chunks[0] > chunks[1] > chunks[2] >= LEAST_TOKENS
+    assert asked[0] == {"num_decodes": 1, "num_steps": 1, "tokens": 63}
+
+
+def test_a_step_without_allowance_for_a_waiting_prompt_leaves_it_waiting():
+    driver = Driver(token_budget=64, num_blocks=200)
+    driver.allowance = lambda **values: PromptBudget(ContextCost(), effective=20.0, tokens=values["tokens"])
+    driver.add(1, 40)
+    driver.add(2, 40)
+    driver.add(3, 1)
+    assert driver.shape() == [(1, 20)]
+    assert driver.open[2].status is SequenceStatus.WAITING
 
 
 def test_an_aborted_sequences_token_is_dropped():
