@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from shardwright.engine import ChoiceEnd
 from shardwright.errors import (
@@ -58,7 +61,33 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         """The whole answer."""
-        return JSONResponse(self.content(), self.status_code, self.headers)
+        kind = _LingeringResponse if self.status_code == 413 else JSONResponse
+        return kind(self.content(), self.status_code, self.headers)
+
+
+_LINGER_S = 3.0
+_LINGER_BYTES = 64 * 1024 * 1024
+
+
+class _LingeringResponse(JSONResponse):
+    """An answer to a client that is still sending, before the connection is closed.
+
+    Most clients read only when all is sent, and closing on unread bytes makes the system drop the answer too. So what
+    comes is thrown away for a while first.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while num_bytes < _LINGER_BYTES:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        break
+                    num_bytes += len(message["body"])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
