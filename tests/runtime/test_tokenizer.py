@@ -155,6 +155,7 @@ def test_the_vocabulary_is_every_tokens_bytes(pair):
     for token in ours.special_ids:
         assert vocabulary.tokens[token] == reference.convert_ids_to_tokens(token).encode()
     assert list(vocabulary.tokens) == [ours.token_bytes(token) for token in range(len(reference))]
+    assert ours.vocabulary() == ours._make_vocabulary(), "what was kept is what would be made"
 
 
 def test_ids_that_are_no_tokens_are_refused_with_their_number(pair):

@@ -15,7 +15,7 @@ from shardwright.model.vocabulary import encode_vocabulary
 from shardwright.runtime.chat_template import ChatTemplate
 from shardwright.runtime.token_bytes import TokenBytes
 from shardwright.runtime.token_stream import Joining, TokenStream
-from shardwright.runtime.tokenizer_files import FACTS_FILE, TOKENIZER_FILE, converted
+from shardwright.runtime.tokenizer_files import FACTS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, converted
 from shardwright.types import TokenId
 
 _MAX_IDS = 1 << 32  # the library counts them in 32 bits
@@ -24,14 +24,17 @@ _MAX_IDS = 1 << 32  # the library counts them in 32 bits
 class Tokenizer:
     """A model's own tokenizer: gives what `transformers` gives, token for token. An `engine.TextCodec`.
 
-    All methods may be called from any thread. `alone` backends are the `tokenizers` library's; the few tokenizers that
-    exist in Python only are read through `transformers`, take its memory, and have no `vocabulary`.
+    All methods may be called from any thread. The few tokenizers that exist in Python only are run by `transformers`
+    itself: they take its memory and have no `vocabulary`.
     """
 
-    def __init__(self, backend: Backend, template: ChatTemplate, end_id: TokenId | None) -> None:
+    def __init__(
+        self, backend: Backend, template: ChatTemplate, end_id: TokenId | None, *, vocabulary: bytes | None = None
+    ) -> None:
         self._backend = backend
         self._template = template
         self._end_id = end_id
+        self._vocabulary = vocabulary
 
     @classmethod
     def load(
@@ -49,7 +52,8 @@ class Tokenizer:
                 facts = json.loads((ready / FACTS_FILE).read_text(encoding="utf-8"))
                 backend = _alone(ready, facts) if facts["alone"] else _whole(source, ready)
                 template = ChatTemplate(facts["chat_template"], facts["special_tokens"])
-                return cls(backend, template, facts["end_id"])
+                blob = ready / VOCABULARY_FILE  # making it takes a second and as much memory as the tokenizer
+                return cls(backend, template, facts["end_id"], vocabulary=blob.read_bytes() if blob.is_file() else None)
             except ModelError:
                 raise
             except Exception as exc:  # the tokenizers library raises plain exceptions
@@ -154,17 +158,20 @@ class Tokenizer:
     def vocabulary(self) -> bytes:
         """The blob of all tokens' bytes that a last stage follows grammars with; see `model/vocabulary.py`.
 
-        Empty for a tokenizer whose tokens' bytes are not known for certain, or that has no blob: then there are no
-        grammars.
+        Empty for a tokenizer whose tokens' bytes are not known for certain, or too many or too long for a blob: then
+        there are no grammars.
         """
+        if self._vocabulary is None:
+            self._vocabulary = self._make_vocabulary()
+        return self._vocabulary
+
+    def _make_vocabulary(self) -> bytes:
         if not self._backend.has_exact_bytes:
             return b""
         try:
             return encode_vocabulary(self.token_bytes_table(), special_ids=self.special_ids, end_id=self._end_id)
         except CheckpointError:
             return b""
-        finally:
-            _trim_heap()
 
 
 def clean_up(text: str) -> str:

@@ -1,8 +1,8 @@
 """Reads a tokenizer with `transformers` and writes it so that the `tokenizers` library can read it alone.
 
 Runs as a process of its own: `python -m shardwright.runtime.tokenizer_convert SOURCE TARGET`, see `tokenizer_files`.
-TARGET is a folder with `tokenizer.json`, the files of `save_pretrained`, and `shardwright.json`: what `transformers`
-does beside the `tokenizers` library, as data.
+TARGET is a folder with `tokenizer.json`, the other files of `save_pretrained`, `shardwright.json` (what `transformers`
+does beside the `tokenizers` library, as data) and `vocabulary.bin` (the bytes of all tokens).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shardwright.runtime.tokenizer_files import FACTS_FILE, TOKENIZER_FILE
+from shardwright.runtime.tokenizer import Tokenizer, clean_up
+from shardwright.runtime.tokenizer_files import FACTS_FILE, TOKENIZER_FILE, VOCABULARY_FILE
 
 _OWN_METHODS = (
     *(
@@ -63,6 +64,9 @@ def convert(source: Path, target: Path) -> None:
         "splits_special_tokens": bool(inner.split_special_tokens),
     }
     (target / FACTS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    if not reason:
+        made = Tokenizer.load(folder=target, gguf=None, cache_dir=target)
+        (target / VOCABULARY_FILE).write_bytes(made.vocabulary())
 
 
 def _why_not_alone(inner: Any) -> str:
@@ -102,11 +106,9 @@ def _write_tokenizer(backend: Any, path: Path) -> None:
 
 def _difference(inner: Any, path: Path) -> str:
     """How the written tokenizer differs from the one it was written from; empty when it doesn't."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Library
 
-    from shardwright.runtime.tokenizer import clean_up
-
-    written = Tokenizer.from_file(str(path))
+    written = Library.from_file(str(path))
     written.encode_special_tokens = inner.split_special_tokens
     names = " ".join(token.content for token in written.get_added_tokens_decoder().values() if token.special)[:2000]
     cleans_up = _cleans_up(inner)

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardwright.errors import ModelError
+from shardwright.model.vocabulary import VERSION as VOCABULARY_VERSION
 from shardwright.runtime.stoppable import StoppedError
 
 FACTS_FILE = "shardwright.json"
 TOKENIZER_FILE = "tokenizer.json"
+VOCABULARY_FILE = "vocabulary.bin"
 
-_FORMAT = 2  # of the folders; another number makes them anew
+_FORMAT = 3  # of the folders; another number makes them anew
 _READ_SUFFIXES = frozenset({".json", ".jinja", ".model", ".tiktoken", ".txt"})
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _TIMEOUT_S = 600.0
@@ -71,7 +73,7 @@ def converted(source: Path, *, cache_dir: Path, stop: threading.Event | None = N
 def _kept(source: Path, digest: str, cache_dir: Path, *, stop: threading.Event | None) -> Path:
     """The converted folder in the cache, made if it isn't there. Raises `OSError` where it can't be written."""
     version = importlib.metadata.version("transformers")
-    kept = cache_dir / "tokenizers" / f"{digest[:32]}-{version}-{_FORMAT}"
+    kept = cache_dir / "tokenizers" / f"{digest[:32]}-{version}-{_FORMAT}-{VOCABULARY_VERSION}"
     if (kept / FACTS_FILE).is_file():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

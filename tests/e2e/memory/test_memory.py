@@ -10,11 +10,14 @@ import pytest
 from real_processes import Running, port_of, processes_in, write_registry
 from transformers import AutoConfig
 
+from shardwright.config import default_cache_dir
+from shardwright.runtime.bundled import BUNDLED_MODELS, fetch_bundled
+
 pytestmark = pytest.mark.slow
 
 MIB = 1024**2
 WORKER_ROOM = 500 * MIB  # beyond its shard's 1.2 times: torch, transformers and Python
-MASTER_LIMIT = 600 * MIB
+MASTER_LIMIT = 600 * 1000**2
 
 
 def write_bf16(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -144,6 +147,24 @@ def test_workers_stay_near_their_shard_and_the_master_small(tmp_path, name, sour
     for stage in stages:
         shard = shard_bytes(shapes, stage, config)
         assert peaks[stage["worker"]] < 1.2 * shard + WORKER_ROOM, f"{stage} of {shard} bytes"
+
+
+@pytest.mark.timeout(900)  # the first run downloads the model
+def test_the_master_stays_small_with_a_vocabulary_of_a_quarter_of_a_million(tmp_path):
+    """Gemma 3's: when its tokenizer is read for the first time, and when it is kept from then; with text and bytes."""
+    path = fetch_bundled(BUNDLED_MODELS["gemma3-270m"], cache_dir=default_cache_dir(), progress=lambda *_: None)
+    with processes_in(tmp_path) as processes:
+        workers = [processes.worker("--cache-dir", tmp_path / f"cache{n}")[0] for n in (1, 2)]
+        write_registry(tmp_path / "workers.json", [port_of(worker) for worker in workers])
+        for _ in range(2):
+            run = processes.run(
+                "generate", "The capital of France is", "--model", path, "--raw", "--max-new-tokens", 4, "--json",
+                "--ignore-eos", "--kv-tokens", 1024, "--cache-dir", tmp_path / "cache",
+            )  # fmt: skip
+            assert watched_run(run) < MASTER_LIMIT
+            assert json.loads(run.out)["text"].strip()
+            assert len(json.loads(run.out)["prompt_ids"]) == 6  # of the start and five words: the vocabulary is Gemma's
+    assert (tmp_path / "cache" / "tokenizers").is_dir()
 
 
 def shard_bytes(shapes: dict, stage: dict, config: dict) -> int:
