@@ -353,8 +353,10 @@ class Scheduler:
         flight: its blocks would not be free before that step is back anyway.
         """
         pool = self.pool
+        held = len(sequence.block_table)
+        if sequence.num_computed_tokens + count <= held * pool.block_size:
+            return count
         while True:
-            held = len(sequence.block_table)
             room = (held + pool.num_free) * pool.block_size - sequence.num_computed_tokens
             if room > 0:
                 count = min(count, room)
