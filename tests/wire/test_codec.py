@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -268,8 +270,13 @@ def decode_chunk(raw):
     return decoder.feed(raw)
 
 
+def anew(message):
+    """The same message, to be encoded and not passed on."""
+    return replace(message, encoded_step=None)
+
+
 def encode_step_part(message):
-    (part,) = step_parts(message)
+    (part,) = step_parts(anew(message))
     return part
 
 
@@ -299,7 +306,7 @@ LOAD = StageLoad(
 CODECS = {
     "step": (
         step_messages,
-        lambda message: step_codec.encode_step(message, LIMITS),
+        lambda message: step_codec.encode_step(anew(message), LIMITS),
         lambda raw: step_codec.decode_step(raw, LIMITS),
     ),
     "step part": (step_messages, encode_step_part, lambda raw: StepDecoder(LIMITS).feed(raw)),
@@ -365,13 +372,32 @@ def check_decodes_or_refuses(raw, encode, decode):
         encode(value)
 
 
+@given(message=step_messages, tensors=tensor_lists)
+def test_a_step_is_passed_on_as_it_came_with_other_tensors(message, tensors):
+    came = StepDecoder(LIMITS).feed(encode_step_part(message))
+    (part,) = step_parts(replace(came, tensors=tensors))
+    passed_on = StepDecoder(LIMITS).feed(part)
+    assert (passed_on.step, passed_on.tensors) == (message.step, tensors)
+    assert passed_on.encoded_step == came.encoded_step
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
+
+
+def ids(*values):
+    """Ids as they travel in long lists."""
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def raw_step(*slices, **fields):
+    """A step message as bytes."""
+    step = pb.StepInput(step=9, slices=slices, **fields)
+    return pb.StepMessage(step=step.SerializeToString()).SerializeToString()
 
 
 def raw_slice(**fields):
     """A step with one sequence, as bytes."""
-    fields = {"seq_id": 1, "token_ids": [1], "block_table": [0]} | fields
-    return pb.StepMessage(step=pb.StepInput(epoch=1, step=9, slices=[pb.SequenceSlice(**fields)])).SerializeToString()
+    return raw_step(pb.SequenceSlice(**({"seq_id": 1, "token_ids": ids(1), "block_table": ids(0)} | fields)))
 
 
 def raw_sampling(**fields):
@@ -389,10 +415,12 @@ def raw_rules(**fields):
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
-        (pb.StepMessage(step=pb.StepInput(step=9)).SerializeToString(), "step 9 computes no sequence"),
-        (raw_slice(token_ids=[]), "step 9, sequence 1: no tokens"),
-        (raw_slice(token_ids=[1, 2**31]), f"token id: {2**31}; ids must be below"),
-        (raw_slice(block_table=[2**32 - 1]), "block id: 4294967295"),
+        (raw_step(), "step 9 computes no sequence"),
+        (raw_slice(token_ids=b""), "step 9, sequence 1: no tokens"),
+        (raw_slice(token_ids=ids(1, 2**31)), f"token id: {2**31}; ids must be below"),
+        (raw_slice(block_table=ids(2**32 - 1)), "block id: 4294967295"),
+        (raw_slice(token_ids=b"12345"), "sequence 1: token ids of 5 bytes; each takes 4"),
+        (raw_slice(block_table=b"123"), "sequence 1: block ids of 3 bytes"),
         (raw_slice(start_position=2**31), "last position"),
         (raw_slice(sampling=pb.SamplingParams(temperature=-1, top_p=1)), "sequence 1: temperature is -1"),
         (raw_slice(sampling=pb.SamplingParams(temperature=math.nan, top_p=1)), "temperature is nan"),
@@ -406,14 +434,15 @@ def raw_rules(**fields):
         (raw_sampling(repetition_penalty=1, num_top_logprobs=21), "21 top logprobs were asked for"),
         (raw_slice(num_prompt_logprobs=21), "num_prompt_logprobs: 21, and 20 is the most"),
         (raw_slice(next_token_id=2**31), "sequence 1: next token id: 2147483648"),
-        (raw_setup(tokens=[2**31]), "sequence 1, setup: token id: 2147483648"),
-        (raw_setup(tokens=[1, 2], num_prompt_tokens=3), "setup: prompt tokens: 3, and 2 is the most"),
-        (raw_setup(stop_token_ids=[2**31]), "setup: stop token id: 2147483648"),
-        (raw_setup(tokens=[1] * ((1 << 23) + 1)), f"setup tokens of step 9: {(1 << 23) + 1}, and {1 << 23} is the"),
+        (raw_setup(tokens=ids(2**31)), "sequence 1: setup's token id: 2147483648"),
+        (raw_setup(tokens=b"12"), "setup's token ids of 2 bytes"),
+        (raw_setup(tokens=ids(1, 2), num_prompt_tokens=3), "setup's prompt tokens: 3, and 2 is the most"),
+        (raw_setup(stop_token_ids=[2**31]), "setup's stop token id: 2147483648"),
+        (raw_setup(tokens=ids(1) * ((1 << 23) + 1)), f"setup tokens of step 9: {(1 << 23) + 1}, and {1 << 23} is the"),
         (raw_setup(stop_token_ids=[1] * ((1 << 20) + 1)), f"stop tokens: {(1 << 20) + 1}, and {1 << 20} is the most"),
         (raw_rules(bias_token_ids=[1, 2], biases=[0.5]), "biases: 2 token ids, but 1 values"),
         (raw_rules(bias_token_ids=[2**31], biases=[1]), "token id of a bias: 2147483648"),
-        (raw_rules(bias_token_ids=[7], biases=[math.nan]), "setup: logit_bias of token 7 is nan"),
+        (raw_rules(bias_token_ids=[7], biases=[math.nan]), "sequence 1: logit_bias of token 7 is nan"),
         (raw_rules(bias_token_ids=[7], biases=[101]), "logit_bias of token 7 is 101"),
         (
             raw_rules(bias_token_ids=[1] * (MAX_LOGIT_BIAS + 1), biases=[0] * (MAX_LOGIT_BIAS + 1)),
@@ -427,27 +456,17 @@ def raw_rules(**fields):
             f"grammar: {MAX_GRAMMAR_CHARS + 1} characters, and {MAX_GRAMMAR_CHARS} is the most",
         ),
         (
-            pb.StepMessage(
-                step=pb.StepInput(
-                    step=9, dropped=[1] * 65537, slices=[pb.SequenceSlice(token_ids=[1], block_table=[0])]
-                )
-            ).SerializeToString(),
+            raw_step(pb.SequenceSlice(token_ids=ids(1), block_table=ids(0)), dropped=[1] * 65537),
             "sequences that step 9 drops: 65537, and 65536 is the most",
         ),
-        (raw_slice(block_table=[0] * ((1 << 20) + 1)), f"blocks: {(1 << 20) + 1}, and {1 << 20} is the most"),
-        (raw_slice(token_ids=[0] * ((1 << 20) + 1)), f"tokens of step 9: {(1 << 20) + 1}"),
+        (raw_slice(block_table=ids(0) * ((1 << 20) + 1)), f"blocks: {(1 << 20) + 1}, and {1 << 20} is the most"),
+        (raw_slice(token_ids=ids(0) * ((1 << 20) + 1)), f"tokens of step 9: {(1 << 20) + 1}"),
+        (raw_step(*[pb.SequenceSlice(seq_id=1, token_ids=ids(1))] * 2), "step 9: sequence 1 comes twice"),
         (
-            pb.StepMessage(
-                step=pb.StepInput(step=9, slices=[pb.SequenceSlice(seq_id=1, token_ids=[1])] * 2)
-            ).SerializeToString(),
-            "step 9: sequence 1 comes twice",
-        ),
-        (
-            pb.StepMessage(
-                step=pb.StepInput(step=9, slices=[pb.SequenceSlice(token_ids=[1])] * ((1 << 16) + 1))
-            ).SerializeToString(),
+            raw_step(*[pb.SequenceSlice(token_ids=ids(1))] * ((1 << 16) + 1)),
             "sequences of step 9: 65537, and 65536 is the most",
         ),
+        (pb.StepMessage(step=b"\xff").SerializeToString(), "StepInput: 1 bytes that are no such message"),
         (b"\xff\xff", "StepMessage: 2 bytes that are no such message"),
     ],
 )

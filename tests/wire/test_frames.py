@@ -38,8 +38,9 @@ def make_frame(**changes):
 
 def raw_step(*frames):
     """A step message with these frames, as it comes off the wire."""
-    step = pb.StepInput(epoch=1, step=2, slices=[pb.SequenceSlice(seq_id=3, token_ids=[4], block_table=[0])])
-    return pb.StepMessage(step=step, tensors=frames).SerializeToString()
+    part = pb.SequenceSlice(seq_id=3, token_ids=bytes([4, 0, 0, 0]), block_table=bytes(4))
+    step = pb.StepInput(epoch=1, step=2, slices=[part])
+    return pb.StepMessage(step=step.SerializeToString(), tensors=frames).SerializeToString()
 
 
 def raw_part(*frames):

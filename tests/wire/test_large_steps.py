@@ -104,7 +104,7 @@ def test_a_step_above_the_limit_is_not_sent():
     table = (2**31 - 1,) * (1 << 20)
     slices = [
         SequenceSlice(seq_id=seq_id, start_position=0, token_ids=(1,), block_table=table, sampling=None)
-        for seq_id in range(MAX_STEP_BYTES // (5 << 20) + 1)
+        for seq_id in range(MAX_STEP_BYTES // (4 << 20))
     ]
     with pytest.raises(ProtocolError, match=f"step 1, in bytes: [0-9]+, and {MAX_STEP_BYTES} is the most"):
         list(step_parts(step_of(*slices)))

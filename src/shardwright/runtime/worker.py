@@ -55,7 +55,6 @@ from shardwright.types import (
     PromptScores,
     StageLoad,
     StepId,
-    StepInput,
     StepTiming,
     TokenOut,
     WorkerDescription,
@@ -74,7 +73,6 @@ from shardwright.wire.messages import (
     StepReply,
     StepResult,
     StepTrouble,
-    TensorFrame,
 )
 
 if TYPE_CHECKING:
@@ -137,8 +135,7 @@ class MachineProbe(Protocol):
 class _ComputedStep:
     """What a step's computation left behind, waiting to be sent on."""
 
-    step: StepInput
-    frames: tuple[TensorFrame, ...]
+    message: StepMessage  # for the next stage: the step as it came, with this stage's tensors
     tokens: tuple[TokenOut, ...]
     prompt_scores: tuple[PromptScores, ...]
 
@@ -312,7 +309,9 @@ class WorkerShell:
             has = f"epoch {held.load.assignment.epoch}" if held else "no stage"
             raise StaleEpochError(f"step {message.step.step} names epoch {message.step.epoch}; this worker has {has}")
         computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, message)
-        return LayerResult(tensors=computed.frames, tokens=computed.tokens, prompt_scores=computed.prompt_scores)
+        return LayerResult(
+            tensors=computed.message.tensors, tokens=computed.tokens, prompt_scores=computed.prompt_scores
+        )
 
     async def tokens(self, epoch: Epoch) -> AsyncIterator[StepResult]:
         """The last stage's results until the epoch ends."""
@@ -562,7 +561,9 @@ class WorkerShell:
             seconds=time.perf_counter() - began,
             concurrency=concurrency,
         )
-        return _ComputedStep(step=message.step, frames=frames, tokens=output.tokens, prompt_scores=output.prompt_scores)
+        return _ComputedStep(
+            message=replace(message, tensors=frames), tokens=output.tokens, prompt_scores=output.prompt_scores
+        )
 
     def _set_threads(self, count: int) -> None:
         """Compute with so many threads from now on. Called on the compute thread, which alone computes."""
@@ -578,8 +579,7 @@ class WorkerShell:
         if held.next_link is None:
             client = self._transport.connect(held.load.next_address)
             held.next_link = _NextLink(client, self._on_next_reply, lambda why: self._on_next_lost(key[0], why))
-        computed = self._outbox.pop(key)
-        held.next_link.send(StepMessage(step=computed.step, tensors=computed.frames))
+        held.next_link.send(self._outbox.pop(key).message)
 
     def _close_next_link(self, epoch: Epoch) -> None:
         """Who sent the epoch's steps is gone, so none comes any more: the next stage's worker is free for others."""

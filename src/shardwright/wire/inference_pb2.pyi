@@ -135,10 +135,10 @@ class SequenceSetup(_message.Message):
     RULES_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
-    tokens: _containers.RepeatedScalarFieldContainer[int]
+    tokens: bytes
     rules: TokenRules
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., rules: _Optional[_Union[TokenRules, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., tokens: _Optional[bytes] = ..., rules: _Optional[_Union[TokenRules, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
     __slots__ = ("seq_id", "start_position", "token_ids", "block_table", "sampling", "setup", "num_prompt_logprobs", "next_token_id")
@@ -152,13 +152,13 @@ class SequenceSlice(_message.Message):
     NEXT_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     seq_id: int
     start_position: int
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
-    block_table: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
+    block_table: bytes
     sampling: SamplingParams
     setup: SequenceSetup
     num_prompt_logprobs: int
     next_token_id: int
-    def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_table: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., setup: _Optional[_Union[SequenceSetup, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., next_token_id: _Optional[int] = ...) -> None: ...
+    def __init__(self, seq_id: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., block_table: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., setup: _Optional[_Union[SequenceSetup, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., next_token_id: _Optional[int] = ...) -> None: ...
 
 class StepInput(_message.Message):
     __slots__ = ("epoch", "step", "slices", "steps_in_flight", "dropped")
@@ -178,9 +178,9 @@ class StepMessage(_message.Message):
     __slots__ = ("step", "tensors")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
-    step: StepInput
+    step: bytes
     tensors: _containers.RepeatedCompositeFieldContainer[TensorFrame]
-    def __init__(self, step: _Optional[_Union[StepInput, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ...) -> None: ...
+    def __init__(self, step: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ...) -> None: ...
 
 class StepPart(_message.Message):
     __slots__ = ("step", "fragment", "end", "piece")

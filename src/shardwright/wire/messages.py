@@ -6,7 +6,7 @@ data is any bytes-like object and is never copied here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shardwright.types import Epoch, PromptScores, StageLoad, StepId, StepInput, TokenOut, WorkerId
@@ -28,6 +28,8 @@ class StepMessage:
 
     step: StepInput
     tensors: tuple[TensorFrame, ...] = ()
+    encoded_step: bytes | None = field(default=None, compare=False, repr=False)
+    """`step` as it came, so that the next stage can get it without being encoded again; of this very step only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

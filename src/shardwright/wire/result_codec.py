@@ -25,8 +25,8 @@ def result_parts(result: StepResult) -> Iterator[bytes]:
     part = pb.ResultPart()
     part.result.epoch = result.epoch
     part.result.step = result.step
-    _fill_tokens(part.result.tokens, result.tokens)
-    _fill_scores(part.result.prompt_scores, result.prompt_scores)
+    _fill_tokens(part.result, result.tokens)
+    _fill_scores(part.result, result.prompt_scores)
     raw: bytes = part.SerializeToString()
     if len(raw) <= MAX_MESSAGE_BYTES:
         yield raw
@@ -64,8 +64,8 @@ def encode_layer_result(result: LayerResult, limits: WireLimits) -> bytes:
     message = pb.LayerResult()
     for frame in result.tensors:
         frames.fill_frame(message.tensors.add(), frame, with_data=True)
-    _fill_tokens(message.tokens, result.tokens)
-    _fill_scores(message.prompt_scores, result.prompt_scores)
+    _fill_tokens(message, result.tokens)
+    _fill_scores(message, result.prompt_scores)
     return checks.serialize(message, limit=limits.max_unary_bytes)
 
 
@@ -88,17 +88,10 @@ def _read_result(source: pb.StepResult) -> StepResult:
     )
 
 
-def _fill_tokens(target: object, tokens: Iterable[TokenOut]) -> None:
-    target.extend(  # type: ignore[attr-defined]  # a repeated field; its class differs between protobuf's backends
-        pb.TokenOut(
-            seq_id=token.seq_id,
-            token_id=token.token_id,
-            logprob=token.logprob,
-            top_token_ids=[token_id for token_id, _ in token.top],
-            top_logprobs=[logprob for _, logprob in token.top],
-        )
-        for token in tokens
-    )
+def _fill_tokens(target: pb.StepResult | pb.LayerResult, tokens: Iterable[TokenOut]) -> None:
+    for token in tokens:
+        entry = target.tokens.add(seq_id=token.seq_id, token_id=token.token_id, logprob=token.logprob)
+        _fill_top(entry, token.top)
 
 
 def _read_tokens(source: Iterable[pb.TokenOut]) -> tuple[TokenOut, ...]:
@@ -107,7 +100,7 @@ def _read_tokens(source: Iterable[pb.TokenOut]) -> tuple[TokenOut, ...]:
             seq_id=token.seq_id,
             token_id=token.token_id,
             logprob=token.logprob,
-            top=_read_top(token.top_token_ids, token.top_logprobs),
+            top=_read_top(token),
         )
         for token in source
     )
@@ -117,23 +110,17 @@ def _read_tokens(source: Iterable[pb.TokenOut]) -> tuple[TokenOut, ...]:
     return tokens
 
 
-def _fill_scores(target: object, runs: Iterable[PromptScores]) -> None:
-    target.extend(  # type: ignore[attr-defined]  # a repeated field; its class differs between protobuf's backends
-        pb.PromptScores(
-            seq_id=run.seq_id,
-            first_position=run.first_position,
-            scores=[
-                pb.TokenScore(
-                    token_id=score.token_id,
-                    logprob=score.logprob,
-                    top_token_ids=[token_id for token_id, _ in score.top],
-                    top_logprobs=[logprob for _, logprob in score.top],
-                )
-                for score in run.scores
-            ],
-        )
-        for run in runs
-    )
+def _fill_scores(target: pb.StepResult | pb.LayerResult, runs: Iterable[PromptScores]) -> None:
+    for run in runs:
+        entry = target.prompt_scores.add(seq_id=run.seq_id, first_position=run.first_position)
+        for score in run.scores:
+            _fill_top(entry.scores.add(token_id=score.token_id, logprob=score.logprob), score.top)
+
+
+def _fill_top(target: pb.TokenOut | pb.TokenScore, top: Sequence[tuple[TokenId, float]]) -> None:
+    if top:
+        target.top_token_ids.extend(token_id for token_id, _ in top)
+        target.top_logprobs.extend(logprob for _, logprob in top)
 
 
 def _read_scores(source: Sequence[pb.PromptScores]) -> tuple[PromptScores, ...]:
@@ -156,14 +143,15 @@ def _read_run(source: pb.PromptScores) -> PromptScores:
             TokenScore(
                 token_id=score.token_id,
                 logprob=score.logprob,
-                top=_read_top(score.top_token_ids, score.top_logprobs),
+                top=_read_top(score),
             )
             for score in source.scores
         ),
     )
 
 
-def _read_top(token_ids: Sequence[int], logprobs: Sequence[float]) -> tuple[tuple[TokenId, float], ...]:
+def _read_top(source: pb.TokenOut | pb.TokenScore) -> tuple[tuple[TokenId, float], ...]:
+    token_ids, logprobs = source.top_token_ids, source.top_logprobs
     if not token_ids and not logprobs:
         return ()
     checks.at_most("likeliest tokens", len(token_ids), MAX_TOP_LOGPROBS)

@@ -25,9 +25,9 @@ from shardwright.wire.limits import (
     MAX_STEPS_IN_FLIGHT,
     WireLimits,
 )
-from shardwright.wire.messages import StepAck, StepMessage, StepReply, StepTrouble
+from shardwright.wire.messages import StepAck, StepMessage, StepReply, StepTrouble, TensorFrame
 from shardwright.wire.pieces import Pieces, cut
-from shardwright.wire.slice_codec import fill_slice, read_slice
+from shardwright.wire.slice_codec import fill_slice, num_ids, read_slice
 
 STEP_END: Final[bytes] = pb.StepPart(end=pb.StreamEnd()).SerializeToString()
 """The last part of a step link that ends as it should."""
@@ -46,9 +46,7 @@ def encode_step(message: StepMessage, limits: WireLimits) -> bytes:
 def decode_step(raw: bytes, limits: WireLimits) -> StepMessage:
     """Raises `ProtocolError`, `FrameError` for a tensor."""
     source = checks.parse(pb.StepMessage, raw, limit=limits.max_unary_bytes)
-    return StepMessage(
-        step=_read_step(source.step), tensors=frames.read_frames(source.tensors, limits, may_follow=False)
-    )
+    return _read_message(source, frames.read_frames(source.tensors, limits, may_follow=False))
 
 
 def step_parts(message: StepMessage) -> Iterator[bytes]:
@@ -106,7 +104,7 @@ class StepDecoder:
 
     def _begin(self, source: pb.StepMessage) -> StepMessage | None:
         tensors = frames.read_frames(source.tensors, self._limits, may_follow=True)
-        message = StepMessage(step=_read_step(source.step), tensors=tensors)
+        message = _read_message(source, tensors)
         pending = [index for index, frame in enumerate(source.tensors) if frames.is_pending(frame)]
         if not pending:
             return message
@@ -123,15 +121,23 @@ class StepDecoder:
 
 
 def _fill_step(target: pb.StepMessage, message: StepMessage, *, with_data: bool) -> None:
-    step = message.step
-    target.step.epoch = step.epoch
-    target.step.step = step.step
-    target.step.steps_in_flight = step.steps_in_flight
-    target.step.dropped.extend(step.dropped)
-    for part in step.slices:
-        fill_slice(target.step.slices.add(), part)
+    target.step = _encode_input(message.step) if message.encoded_step is None else message.encoded_step
     for frame in message.tensors:
         frames.fill_frame(target.tensors.add(), frame, with_data=with_data)
+
+
+def _encode_input(step: StepInput) -> bytes:
+    target = pb.StepInput(epoch=step.epoch, step=step.step, steps_in_flight=step.steps_in_flight, dropped=step.dropped)
+    for part in step.slices:
+        fill_slice(target.slices.add(), part)
+    raw: bytes = target.SerializeToString()
+    return raw
+
+
+def _read_message(source: pb.StepMessage, tensors: tuple[TensorFrame, ...]) -> StepMessage:
+    raw = source.step
+    step = _read_step(checks.parse(pb.StepInput, raw, limit=MAX_STEP_BYTES))
+    return StepMessage(step=step, tensors=tensors, encoded_step=raw)
 
 
 def _read_step(source: pb.StepInput) -> StepInput:
@@ -139,11 +145,11 @@ def _read_step(source: pb.StepInput) -> StepInput:
     if not source.slices:
         raise ProtocolError(f"{where} computes no sequence")
     checks.num_slices(f"sequences of {where}", len(source.slices))
-    checks.at_most(f"tokens of {where}", sum(len(part.token_ids) for part in source.slices), MAX_STEP_TOKENS)
-    checks.distinct(f"{where}: sequence", [part.seq_id for part in source.slices])
-    checks.at_most(f"setup tokens of {where}", sum(len(s.setup.tokens) for s in source.slices), MAX_SETUP_TOKENS)
+    checks.at_most(f"tokens of {where}", sum(num_ids(s.token_ids) for s in source.slices), MAX_STEP_TOKENS)
+    checks.at_most(f"setup tokens of {where}", sum(num_ids(s.setup.tokens) for s in source.slices), MAX_SETUP_TOKENS)
     checks.at_most(f"sequences that {where} drops", len(source.dropped), MAX_DROPPED)
-    slices = tuple(read_slice(part, f"{where}, sequence {part.seq_id}") for part in source.slices)
+    slices = tuple(read_slice(part, where) for part in source.slices)
+    checks.distinct(f"{where}: sequence", [part.seq_id for part in slices])
     return StepInput(
         epoch=source.epoch,
         step=source.step,

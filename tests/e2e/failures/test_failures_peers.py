@@ -77,11 +77,11 @@ def step_of(epoch, *, tokens=tuple(PROMPT), blocks=(3,), tensors=()):
     return StepMessage(step=StepInput(epoch=epoch, step=1, slices=(part,)), tensors=tensors)
 
 
-def frame(shape, dtype="float32", length=None):
-    """A frame as protobuf; `length` may lie."""
+def step_with_frame(epoch, shape, length=None):
+    """A step with one frame as protobuf; `length` may lie."""
     size = torch.Size(shape).numel() * 4
-    good = TensorFrame(name="hidden", dtype=dtype, shape=shape, data=bytes(size))
-    message = pb.StepMessage.FromString(step_codec.encode_step(step_of(1, tensors=(good,)), LIMITS))
+    good = TensorFrame(name="hidden", dtype="float32", shape=shape, data=bytes(size))
+    message = pb.StepMessage.FromString(step_codec.encode_step(step_of(epoch, tensors=(good,)), LIMITS))
     if length is not None:
         message.tensors[0].length = length
     return message
@@ -110,12 +110,11 @@ async def test_lies_end_their_own_call_only(worker, checkpoint, load, tiny):
     """Lying lengths and shapes, unknown tokens and blocks, from strangers, while the stage is up."""
     await send_stage(worker, load, checkpoint, lambda _: None)
     epoch = load.assignment.epoch
-    lies = [frame((9, 48), length=9 * 48 * 4 + 4), frame((9, 48), length=1 << 62), frame((9, 48), length=16)]
+    lies = [step_with_frame(epoch, (9, 48), length) for length in (9 * 48 * 4 + 4, 1 << 62, 16)]
     lies[1].tensors[0].shape[:] = [1 << 30, 1 << 30]
     lies[2].tensors[0].data = b""
     async with grpc.aio.insecure_channel(worker.address) as channel:
         for lie in lies:
-            lie.step.epoch = epoch
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await channel.unary_unary(method_path("ProcessLayer"))(
                     lie.SerializeToString(), metadata=PROTOCOL_METADATA, timeout=TIMEOUT_S
