@@ -359,10 +359,13 @@ async def test_a_request_whose_time_is_up_ends_with_what_there_is():
 # --- scored prompts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_choices", [1, 3])
-async def test_a_scored_prompt_comes_first_and_once(num_choices):
+OVERTAKEN = {"prefix_cache": False, "prompt_logprob_tokens": 1}  # the scored choice is slower than the others
+
+
+@pytest.mark.parametrize(("num_choices", "settings"), [(1, {"token_budget": 3}), (3, {}), (3, OVERTAKEN)])
+async def test_a_scored_prompt_comes_first_and_once(num_choices, settings):
     ask = GenerationRequest(prompt=(5, 6, 7, 8, 9), max_new_tokens=2, num_prompt_logprobs=0, num_choices=num_choices)
-    async with serving(token_budget=3) as (texts, _, _):
+    async with serving(**settings) as (texts, _, _):
         events = await answer_to(texts, ask)
     scored = [event for event in events if isinstance(event, PromptScored)]
     assert events[0] is scored[0]
