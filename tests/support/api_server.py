@@ -47,5 +47,7 @@ async def running_server(engine=None, **settings):
         yield Running(engine, app, config, f"http://127.0.0.1:{port}", port, stop, task)
     finally:
         stop.set()
-        async with asyncio.timeout(10):
-            await task
+        await asyncio.wait({task}, timeout=10)
+        assert task.done(), "the server did not end"
+        if not task.cancelled():
+            task.result()

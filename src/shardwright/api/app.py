@@ -204,6 +204,14 @@ def _body(kind: type[schemas.GenerationFields]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def _events(chunk: str) -> dict[str, Any]:
+    """A stream's events: chunks, perhaps an error, then `[DONE]` if there was none."""
+    kinds = [{"$ref": _REFERENCES.format(model=name)} for name in (chunk, "ErrorAnswer")]
+    json_data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"anyOf": [{"const": "[DONE]"}, json_data]}
+    return {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
+
+
 def _document(app: FastAPI, service: Service) -> dict[str, Any]:
     """FastAPI's document, with what it can't know: bodies that are read here, streams, keys, types of answers."""
     if app.openapi_schema is not None:
@@ -215,6 +223,8 @@ def _document(app: FastAPI, service: Service) -> dict[str, Any]:
     inputs: list[tuple[type[Any], Any]] = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
     _, added = models_json_schema(inputs, ref_template=_REFERENCES)
     definitions.update(added["$defs"])
+    for kind, _ in inputs:
+        definitions[kind.__name__]["properties"]["model"]["enum"] = [service.engine.model.name]
     _, chunk = models_json_schema([(schemas.ChatChunk, "serialization")], ref_template=_REFERENCES)
     definitions.update({name: each for name, each in chunk["$defs"].items() if name not in definitions})
     streams = {"/v1/chat/completions": "ChatChunk", "/v1/completions": "CompletionAnswer"}
@@ -227,9 +237,7 @@ def _document(app: FastAPI, service: Service) -> dict[str, Any]:
             if not service.keys.is_open and path in keyed:
                 operation["security"] = [{"apiKey": []}]
             if path in streams:
-                operation["responses"]["200"]["content"]["text/event-stream"] = {
-                    "schema": {"type": "string", "description": f"Events whose data is a {streams[path]}, then [DONE]."}
-                }
+                operation["responses"]["200"]["content"]["text/event-stream"] = _events(streams[path])
                 operation["responses"]["429"]["headers"] = {
                     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
                 }

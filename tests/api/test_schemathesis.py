@@ -1,0 +1,64 @@
+"""Requests made from the OpenAPI document: no answer is a server error, and each is as the document says."""
+
+import asyncio
+import threading
+
+import pytest
+import schemathesis
+from api_server import running_server
+from fake_text_engine import FakeTextEngine
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+
+@pytest.fixture(scope="module")
+def api_schema():
+    """The document of a server that runs in a thread of its own."""
+    listening, done, found = threading.Event(), threading.Event(), {}
+
+    async def run():
+        async with running_server(FakeTextEngine(reply=lambda *_: "ok")) as server:
+            found["url"] = server.url
+            listening.set()
+            await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        assert listening.wait(10)
+        yield schemathesis.openapi.from_url(f"{found['url']}/openapi.json")
+    finally:
+        done.set()
+        thread.join(10)
+
+
+OPERATIONS = [
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{model}", "GET"),
+    ("/health", "GET"),
+    ("/ready", "GET"),
+    ("/metrics", "GET"),
+]
+
+
+def test_all_operations_are_tried(api_schema):
+    assert {(each.ok().path, each.ok().method.upper()) for each in api_schema.get_all_operations()} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("mode", GenerationMode, ids=str)
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_every_answer_is_as_the_document_says_and_none_is_a_server_error(api_schema, path, method, mode):
+    operation = api_schema[path][method]
+    if mode is GenerationMode.NEGATIVE and method == "GET":
+        pytest.skip("there is nothing to get wrong")
+
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def run(case):
+        # Not all that makes a request valid can be said in a schema: fields that need each other, grammars, tokens.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=20)
+
+    run()
