@@ -145,4 +145,6 @@ class Sequence:
             assert self.num_in_flight == 0, self
             assert not self.is_set_up, self
         assert self.has_setup or not self.is_set_up, self
-        assert not self.has_unscored or self.num_output_tokens == 0, self
+        if self.has_unscored:
+            assert self.num_output_tokens == 0, self
+            assert self.num_computed_tokens < self.next_scored, self
