@@ -10,17 +10,19 @@ STAMP := $(VENV)/.made-from-pyproject
 PROMPT := Explain quantum computing in simple terms
 MODEL := smollm2-135m
 WORKERS := 2
+PORT := 8000
 SEEDS := 1000
 
 # Handed to recipes through the environment, unexpanded, so that quotes, spaces and dollar signs stay as typed.
 export DEMO_PROMPT := $(value PROMPT)
 export DEMO_MODEL := $(value MODEL)
 export DEMO_WORKERS := $(value WORKERS)
+export SERVE_PORT := $(value PORT)
 export SIM_SEEDS := $(value SEEDS)
 export VENV_PYTHON := $(value PYTHON)
-unexport PROMPT MODEL WORKERS SEEDS
+unexport PROMPT MODEL WORKERS PORT SEEDS
 
-.PHONY: help venv demo test sim lint bench clean
+.PHONY: help venv demo serve test sim lint bench clean
 
 help:  ## list what there is
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +47,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=2 processes on this machine
 	@$(BIN)/python -m shardwright generate --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" \
 	  --summary -- "$$DEMO_PROMPT"
+
+serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at http://127.0.0.1:PORT=8000, until Ctrl-C
+	@exec $(BIN)/python -m shardwright serve --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" --port "$$SERVE_PORT"
 
 test: $(STAMP)  ## run all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shardwright import __version__
-from shardwright.cli import bench_serve, cache, chat, cluster, generate, options, plan
+from shardwright.cli import api_key, bench_serve, cache, chat, cluster, generate, options, plan, serve
 from shardwright.cli.console import leave, run_app
 
 EPILOG = """
@@ -39,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (cluster, plan, generate, chat, bench_serve, cache):
+for room in (cluster, plan, generate, serve, chat, bench_serve, api_key, cache):
     room.add_commands(app)
 
 

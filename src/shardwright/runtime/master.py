@@ -275,6 +275,11 @@ class MasterEngine:
         return not self._closed and self._crash is None and self._state.is_ready(self._now())
 
     @property
+    def failure(self) -> str:
+        """Why no request can be answered; empty while there is a pipeline."""
+        return f"the master failed: {self._crash}" if self._crash is not None else self._failure or ""
+
+    @property
     def loaded(self) -> Mapping[WorkerId, LoadDone]:
         """What each worker of the present pipeline said when its stage was built."""
         return self._loaded

@@ -303,11 +303,15 @@ class Session:
     @functools.cached_property
     def text_engine(self) -> SessionTextEngine:
         """The model as the API serves it: text in and out, grammars, choices."""
+        return self.serve_as(self.model.files.name)
+
+    def serve_as(self, name: str) -> SessionTextEngine:
+        """The same under a name that clients know."""
         tokenizer = self._tokenizer
         return SessionTextEngine(
             self.engine,
             model=ServedModel(
-                name=self.model.files.name,
+                name=name,
                 created=self._ready_at,
                 context_length=self.context_length,
                 vocab_size=self.vocab_size,
