@@ -94,9 +94,9 @@ async def test_a_client_that_goes_while_it_sends_leaves_nothing(start):
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(start):
-    server = await start(FakeTextEngine(reply=lambda *_: "x" * 200_000, chunk=1000), write_timeout_s=0.2)
+    server = await start(FakeTextEngine(reply=lambda *_: "x" * 4000, chunk=200), write_timeout_s=0.2)
     reader, writer = await server.raw()
-    writer.write(request("/v1/completions", prompt="a", max_tokens=1000, stream=True, logprobs=20, n=16))
+    writer.write(request("/v1/completions", prompt="a", max_tokens=4000, stream=True, logprobs=20, n=16))
     reader._transport.pause_reading()
     await until(lambda: server.engine.num_running == 1)
     await until(lambda: server.engine.num_running == 0)

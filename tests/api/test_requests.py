@@ -114,6 +114,15 @@ async def test_a_wrong_field_of_a_chat_is_refused_by_name(start, http, change, p
     assert server.engine.requests == []
 
 
+@pytest.mark.parametrize("template", ["{{ tools }}<tool_call>", "{{ tools }}<|tool_call>"])
+async def test_tools_that_make_too_large_a_grammar_are_refused(start, http, template):
+    server = await start(FakeTextEngine(chat_template=template))
+    parameters = {"type": "object", "properties": {f"property_{i}": {"type": "string"} for i in range(40)}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(40)]
+    error = await error_of(http, server, "chat/completions", CHAT | {"tools": tools, "tool_choice": "required"})
+    assert "characters; at most" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fake_text_engine import FakeTextEngine
 
@@ -22,10 +22,13 @@ class Running:
     port: int
     stop: asyncio.Event
     task: asyncio.Task
+    writers: list = field(default_factory=list)
 
     async def raw(self):
         """A connection of one's own."""
-        return await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
+        return reader, writer
 
 
 @asynccontextmanager
@@ -43,9 +46,12 @@ async def running_server(engine=None, **settings):
     if task.done():
         waiting.cancel()
         task.result()
+    running = Running(engine, app, config, f"http://127.0.0.1:{port}", port, stop, task)
     try:
-        yield Running(engine, app, config, f"http://127.0.0.1:{port}", port, stop, task)
+        yield running
     finally:
+        for writer in running.writers:
+            writer.transport.abort()
         stop.set()
         await asyncio.wait({task}, timeout=10)
         assert task.done(), "the server did not end"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from shardwright.api.tools import ToolStyle
 from shardwright.config import ServeConfig
 from shardwright.engine import TextEngine
 from shardwright.errors import ShardwrightError
+
+_CUT_S = 3.0  # for requests that were cut off to let go of the engine
 
 Fields = TypeVar("Fields", bound=GenerationFields)
 Result = TypeVar("Result")
@@ -63,7 +66,9 @@ class Drain:
                 await self._idle.wait()
         except TimeoutError:
             self.cut()
-            await self._idle.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CUT_S):
+                    await self._idle.wait()
 
     def cut(self) -> None:
         """Refuse new requests and end the running ones."""

@@ -85,6 +85,10 @@ class GenerationAnswer(Response):
         except ApiError as exc:
             outcome = exc.code or str(exc.status_code)
             await self._fail(exc, writer, scope, receive, send)
+        except ShardwrightError as exc:
+            error = of_engine(exc)
+            outcome = error.code or str(error.status_code)
+            await self._fail(error, writer, scope, receive, send)
         except Exception:
             outcome = "internal_error"
             log.exception("%s failed", self._label)
