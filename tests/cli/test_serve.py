@@ -202,6 +202,8 @@ def test_the_default_model_of_make_serve_is_a_bundled_one():
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
+SETTINGS = DOCUMENT.partition("## Settings")[2].partition("## Metrics")[0]
+
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, StreamOptions, StructuredOutputs])
 def test_the_document_names_every_field_of_a_request(kind):
@@ -212,9 +214,13 @@ def test_the_document_names_every_field_of_a_request(kind):
 def test_the_document_names_every_setting_with_its_default():
     for field in dataclasses.fields(ServeConfig):
         assert f"`{field.name}`" in DOCUMENT
-    row = re.search(r"^\| `head_timeout_s`, `body_timeout_s` \| ([\d, ]+) \|", DOCUMENT, re.MULTILINE)[1]
-    assert row == f"{ServeConfig().head_timeout_s:g}, {ServeConfig().body_timeout_s:g}"
-    assert f"| `host`, `port` | {ServeConfig().host}, {ServeConfig().port} |" in DOCUMENT
+    for names, default in re.findall(r"^\| (`[\w`, ]+`) \| ([^|]+) \|", SETTINGS, re.MULTILINE):
+        values = [getattr(ServeConfig(), name) for name in re.findall(r"\w+", names)]
+        words = {"": "none", None: "none", False: "false"}
+        shown = [
+            words[value] if value in words else value if isinstance(value, str) else f"{value:.0f}" for value in values
+        ]
+        assert default == ", ".join(shown), names
 
 
 def test_the_document_names_every_metric():
