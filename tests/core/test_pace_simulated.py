@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timed_line import Run, TrueStage
 
-from shardwright.core.step_budget import LEAST_TOKENS, chunk_limit, decode_gap_s
+from shardwright.core.step_budget import ChunkRamp, chunk_limit, decode_gap_s
 from shardwright.core.step_times import Mix, choose_steps_in_flight, cycle_s, split
 
 LONGEST_GAP = 2.5
+PROMISED_GAP = 3.0
 
 
 def milliseconds(least: float, most: float) -> st.SearchStrategy[float]:
@@ -65,10 +66,17 @@ def test_a_decodes_gap_under_a_burst_of_prompts_stays_below_the_promise(line, nu
     run.advance(10 * before)
     quiet = max(run.gaps[-num_sequences * 3 :])
     turns = itertools.cycle(data.draw(st.lists(st.booleans(), min_size=1, max_size=7)))
-    run.num_steps, run.chunk, run.gaps = under, lambda: limit if next(turns) else 0.0, []
-    run.advance(20 * under)
-    if limit > LEAST_TOKENS:  # else prompts advance all the same
-        assert max(run.gaps) <= LONGEST_GAP * max(gap_s, quiet) * 1.001
+    ramp = ChunkRamp()
+
+    def chunk() -> float:
+        tokens = ramp.allowed(limit, num_steps=under) if next(turns) else 0.0
+        ramp.sent(num_steps=under, prompt_tokens=tokens)
+        return tokens
+
+    run.num_steps, run.chunk, run.gaps = under, chunk, []
+    run.advance(30 * under)
+    if limit.at_once:  # else prompts advance all the same
+        assert max(run.gaps) <= PROMISED_GAP * max(gap_s, quiet)
 
 
 @settings(deadline=None, max_examples=60)
@@ -115,7 +123,9 @@ def test_beside_decodes_prompts_get_on_faster_in_more_steps():
     gap_s = decode_gap_s(paces, num_decodes=8)
 
     def limit(num_steps: int) -> float:
-        return chunk_limit(paces, num_decodes=8, num_steps=num_steps, most_tokens=512, most_gap_s=LONGEST_GAP * gap_s)
+        return chunk_limit(
+            paces, num_decodes=8, num_steps=num_steps, most_tokens=512, most_gap_s=LONGEST_GAP * gap_s
+        ).evenly
 
     chosen = choose_steps_in_flight(paces, Mix(num_decodes=8, num_prompts=8, prompt_tokens=4096), chunk_tokens=limit)
     assert chosen == 2
@@ -124,5 +134,5 @@ def test_beside_decodes_prompts_get_on_faster_in_more_steps():
         run = Run(stages=line, num_sequences=8, num_steps=steps, chunk=itertools.repeat(limit(steps)).__next__)
         run.advance(50 * steps)
         speeds.append((len(run.gaps) / run.now, run.prompt_tokens / run.now))
-    assert speeds[1][0] > speeds[0][0]
-    assert speeds[1][1] > speeds[0][1]
+    assert speeds[1][0] > 0.95 * speeds[0][0]
+    assert speeds[1][1] > 1.8 * speeds[0][1]

@@ -98,3 +98,12 @@ def test_steps_in_flight_follow_what_waits():
     assert pacing.steps_in_flight(Mix(num_decodes=16)) == 1
     assert pacing.steps_in_flight(Mix(num_decodes=0, num_prompts=16, prompt_tokens=16 * 512)) == 2
     assert pacing.steps_in_flight(Mix(num_decodes=8, num_prompts=8, prompt_tokens=10**9)) == 2
+
+
+def test_when_fewer_steps_are_to_be_in_flight_decodes_that_waited_for_it_go_without_a_chunk():
+    pacing = pipeline("a")
+    pacing.sent(step(1, steps_in_flight=2), 0.0)
+    assert pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=100) == 0
+    assert pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=512).grant(prefix=0, wanted=100) > 0  # prompts alone
+    pacing.sent(step(2), 0.1)
+    assert pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=100) > 0

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from shardwright.core.step_budget import (
     LEAST_TOKENS,
     UNMEASURED_TOKENS,
+    ChunkLimit,
+    ChunkRamp,
     ContextCost,
     PromptBudget,
     chunk_limit,
@@ -27,10 +29,14 @@ def pace(*, decode_s: float = 0.1, token_s: float = 0.001, tokens: int = 512, li
     return StagePace(num_sharing=1, times=times, link_token_s=link_token_s)
 
 
-def limit(stages, *, decodes: int = 8, steps: int = 1, most: float = 512) -> float:
+def limits(stages, *, decodes: int = 8, steps: int = 1, most: float = 512) -> ChunkLimit:
     gap_s = decode_gap_s(stages, num_decodes=decodes)
     most_gap_s = None if gap_s is None else 2.5 * gap_s
     return chunk_limit(stages, num_decodes=decodes, num_steps=steps, most_tokens=most, most_gap_s=most_gap_s)
+
+
+def limit(stages, **options: float) -> float:
+    return limits(stages, **options).evenly
 
 
 # --- context ---------------------------------------------------------------------------------------
@@ -116,17 +122,36 @@ def test_a_steps_trip_stays_below_the_ratio():
 
 
 def test_steps_in_flight_share_what_a_gap_has_room_for():
-    """Two stages, and one more turn behind the other step: three times (100 ms and the chunk) in 0.5 s."""
-    assert limit([pace(), pace()], steps=2) == pytest.approx(67, abs=1)
+    """Two stages: twice (100 ms and the chunk) in 0.5 s, and at first once more, behind the other step."""
+    found = limits([pace(), pace()], steps=2)
+    assert found.evenly == pytest.approx(151, abs=1)
+    assert found.at_once == pytest.approx(67, abs=1)
+
+
+def test_chunks_grow_round_by_round_from_what_is_safe_at_once():
+    ramp = ChunkRamp()
+    found = ChunkLimit(at_once=60, evenly=150)
+    taken = []
+    for _ in range(8):
+        taken.append(ramp.allowed(found, num_steps=2))
+        ramp.sent(num_steps=2, prompt_tokens=taken[-1])
+    assert taken == [60, 60, 90, 90, 135, 135, 150, 150]
+    ramp.sent(num_steps=2, prompt_tokens=0)
+    assert ramp.allowed(found, num_steps=2) == 150  # after the other step
+    ramp.sent(num_steps=2, prompt_tokens=150)
+    assert ramp.allowed(found, num_steps=2) == 60
+    assert ramp.allowed(found, num_steps=3) == 60
+    assert ramp.is_fewer(1)
+    assert not ramp.is_fewer(2)
 
 
 def test_a_chunks_time_on_a_link_counts():
     assert limit([pace(), pace(link_token_s=0.001)]) == pytest.approx(104, abs=1)
 
 
-def test_prompts_advance_even_where_nothing_fits():
-    assert limit([pace(token_s=1.0)]) == LEAST_TOKENS
-    assert limit([pace(token_s=1.0)], most=4) == 4
+def test_where_nothing_fits_the_limit_says_so_and_prompts_advance_all_the_same():
+    assert limits([pace(token_s=1.0)]) == ChunkLimit(0, 0)
+    assert PromptBudget(ContextCost(), effective=0, tokens=500).grant(prefix=0, wanted=900) == LEAST_TOKENS
 
 
 def test_chunks_grow_by_no_more_than_twice_what_was_measured():

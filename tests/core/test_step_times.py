@@ -133,6 +133,23 @@ def test_tables_of_other_concurrency_stand_in_for_what_was_not_measured():
     assert times.at(4, concurrency=2) == 0.04
 
 
+def test_nothing_is_hoped_for_where_nothing_shall_be_tried():
+    """Splitting up and computing at once are then thought to bring nothing."""
+    times = times_of(timing(8, 0.08), prompt_timing(8, 108, 0.18))
+    assert times.at(4, hopeful=False) == 0.08
+    assert times.at(8, concurrency=2, hopeful=False) == 0.16
+    assert times.at(8, 100, concurrency=2, hopeful=False) == pytest.approx(0.36)
+    assert times_of(replace(timing(8, 0.08), concurrency=2)).at(8, hopeful=False) == 0.08
+
+
+def test_a_prompts_first_step_counts_until_another_is_known():
+    """Thought slower than it is, it harms nobody's decodes."""
+    times = times_of(timing(1, 0.1), prompt_timing(1, 101, 3.1, count=1))
+    assert times.at(1, 100) == pytest.approx(3.1)
+    times.add([prompt_timing(1, 26, 0.15)])
+    assert times.at(1, 100) == pytest.approx(0.3)
+
+
 # --- the formula -----------------------------------------------------------------------------------
 
 
@@ -207,6 +224,24 @@ def test_prompts_pay_for_steps_in_flight_where_decodes_do_not():
     assert choose(paces, prompts=16, tokens=16 * 512) == 2
     assert choose(paces, decodes=8, prompts=8, tokens=8 * 512, chunk=100) == 2
     assert choose(paces, prompts=1, tokens=512) == 1
+
+
+def test_nothing_is_tried_while_decodes_have_prompts_beside_them():
+    """Half a batch was never measured: it is tried with decodes alone."""
+    paces = stages({8: 0.08}, prompts={512: 1.0})
+    assert choose(paces, decodes=8) == 2
+    assert choose(paces, decodes=8, prompts=1, tokens=16, chunk=16) == 1
+
+
+def test_a_choice_stays_unless_another_is_better_by_more_than_noise():
+    mix = Mix(num_decodes=8)
+    slightly = stages({4: 0.0395, 8: 0.0395 * 2}, delay_s=0.0)
+    assert choose_steps_in_flight(slightly, mix, chunk_tokens=lambda _: 0) == 2
+    even = stages({4: 0.0395, 8: 0.04})
+    assert choose_steps_in_flight(even, mix, chunk_tokens=lambda _: 0) == 1
+    assert choose_steps_in_flight(even, mix, chunk_tokens=lambda _: 0, current=2) == 2
+    worse = stages({4: 0.041, 8: 0.04})
+    assert choose_steps_in_flight(worse, mix, chunk_tokens=lambda _: 0, current=2) == 1
 
 
 def test_stages_of_one_machine_that_do_not_hinder_each_other_keep_prompts_apart():

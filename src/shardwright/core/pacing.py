@@ -17,7 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from shardwright.core.step_budget import ContextCost, PromptBudget, chunk_limit, decode_gap_s
+from shardwright.core.step_budget import (
+    ChunkLimit,
+    ChunkRamp,
+    ContextCost,
+    PromptBudget,
+    chunk_limit,
+    decode_gap_s,
+)
 from shardwright.core.step_times import (
     MOST_STEPS,
     Mix,
@@ -48,6 +55,12 @@ _CONTEXTS_KEPT = 8
 """Of so many steps of one shape is known what their prompt tokens cost with their context."""
 
 _CHOICES_KEPT = 4096
+
+_BARE_EVERY = 64
+"""Of so many steps with decodes, one has no prompts beside them, so that the time of decodes alone stays known."""
+
+_BARE_EVERY_UNKNOWN = 2
+"""The same while it is not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +97,9 @@ class Pacing:
         self._paces = self._measured_paces()
         self._heard: set[WorkerId] = set()  # since the choices were last made anew
         self._gaps: dict[int, float | None] = {}  # by number of decodes
-        self._limits: dict[tuple[int, int], float] = {}  # by number of decodes and steps in flight
+        self._limits: dict[tuple[int, int], ChunkLimit] = {}  # by number of decodes and steps in flight
+        self._ramp = ChunkRamp()
+        self._num_mixed = 0  # steps since the last one of decodes alone
         self._choices: dict[Mix, int] = {}
         self._last_choices: dict[Mix, int] = {}  # before the last measurement
 
@@ -123,13 +138,17 @@ class Pacing:
         """The master sent a step; call it in the order in which they are sent."""
         num_sequences = len(step.slices)
         extra = step.num_tokens - num_sequences
-        effective = 0.0
-        if extra:
-            for part in step.slices:
-                if part.num_tokens > 1:
-                    effective += self._context.effective(part.num_tokens, prefix=part.start_position) - 1
-            self._contexts.setdefault(octave(extra), deque(maxlen=_CONTEXTS_KEPT)).append(effective / extra)
-        shape = StepShape(num_sequences=num_sequences, prompt_tokens=effective)
+        chunks = [part for part in step.slices if part.num_tokens > 1]
+        effective = sum(self._context.effective(part.num_tokens, prefix=part.start_position) for part in chunks)
+        beyond = effective - len(chunks)
+        if chunks:
+            self._contexts.setdefault(octave(extra), deque(maxlen=_CONTEXTS_KEPT)).append(beyond / extra)
+        self._ramp.sent(num_steps=step.steps_in_flight, prompt_tokens=effective)
+        if not chunks:
+            self._num_mixed = 0
+        elif len(chunks) < num_sequences:
+            self._num_mixed += 1
+        shape = StepShape(num_sequences=num_sequences, prompt_tokens=beyond)
         trip = _Trip(shape, step.num_tokens, step.steps_in_flight, now)
         self._underway[step.step] = None if self._underway else trip
 
@@ -180,7 +199,7 @@ class Pacing:
             chosen = choose_steps_in_flight(
                 self._paces,
                 mix,
-                chunk_tokens=lambda num_steps: min(self._limit(mix.num_decodes, num_steps), self._token_budget),
+                chunk_tokens=lambda num_steps: min(self._limit(mix.num_decodes, num_steps).evenly, self._token_budget),
                 current=self._last_choices.get(mix, 1),
             )
             self._choices[mix] = chosen
@@ -192,9 +211,17 @@ class Pacing:
         `num_decodes` counts all sequences that lack one token, also those in steps in flight; `tokens` is what is left
         of the step's token budget after its own decodes.
         """
-        return PromptBudget(self._context, effective=self._limit(num_decodes, num_steps), tokens=tokens)
+        limit = self._limit(num_decodes, num_steps)
+        if num_decodes == 0:
+            return PromptBudget(self._context, effective=limit.evenly, tokens=tokens)
+        if tokens < self._token_budget:  # there are decodes in this step
+            every = _BARE_EVERY_UNKNOWN if self._most_gap(num_decodes) is None else _BARE_EVERY
+            if self._num_mixed + 1 >= every or self._ramp.is_fewer(num_steps):
+                return PromptBudget(self._context, effective=0.0, tokens=0)
+        allowed = self._ramp.allowed(limit, num_steps=num_steps)
+        return PromptBudget(self._context, effective=allowed, tokens=tokens)
 
-    def _limit(self, num_decodes: int, num_steps: int) -> float:
+    def _limit(self, num_decodes: int, num_steps: int) -> ChunkLimit:
         limit = self._limits.get((num_decodes, num_steps))
         if limit is None:
             limit = chunk_limit(

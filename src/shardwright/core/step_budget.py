@@ -5,26 +5,38 @@ the cost of a token at the start of a prompt. So a budget of effective tokens ke
 the chunk shrinks as the prefix grows.
 
 While no sequence decodes, a step takes what a whole chunk of `token_budget` tokens at the start of a prompt costs.
-While some do, the gap between two tokens of each of them is to stay below `max_gap_ratio` times the gap that they would
-have without prompts. Steps pass each stage and each link in their order, so a step's way from the master and back
-takes at most
+While some do, the gap between two tokens of each of them is to stay below a number of times the gap that they would
+have without prompts. Steps pass each stage and each link in their order. While they follow each other evenly, with m
+of them in flight that carry x prompt tokens each, a gap is a cycle of `step_times.py`:
 
-    its own time: sum over stages (t_i + link_i)  +  for each other step in flight: the longest t_i or link_i
+    max( own way: sum over stages (t_i + link_i),  m times the longest t_i or link_i )
 
-for a step that is behind another at one stage has that wait behind it at the next. That much it takes when prompts
-come to a pipeline that computed decodes alone; later, when the steps follow each other evenly, less. With x prompt
-tokens in every step it must stay below the promise, and the largest such x is taken. So it holds whichever steps
-carry the prompts, and a chunk's time on a link is in it as its time at a stage is.
+When such steps come to a pipeline that computed decodes alone, the last of them waits for more, once: a step that is
+behind another at one stage has that wait behind it at the next. Its way then takes at most
+
+    own way  +  (m - 1) times the longest t_i or link_i
+
+So the first chunks are as large as the second formula allows, and those of the next rounds grow up to what the first
+does. It holds whichever steps carry the prompts, and a chunk's time on a link is in it as its time at a stage is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shardwright.core.step_times import Mix, StagePace, StepShape, choose_steps_in_flight, cycle_s, split
+from shardwright.core.step_times import (
+    MOST_STEPS,
+    Mix,
+    StagePace,
+    StepShape,
+    choose_steps_in_flight,
+    cycle_s,
+    split,
+)
 
-UNMEASURED_TOKENS = 64
+UNMEASURED_TOKENS = 32
 """Prompt tokens of a step beside decodes before both were measured."""
 
 LEAST_TOKENS = 16
@@ -32,6 +44,10 @@ LEAST_TOKENS = 16
 
 _RAMP = 2.0
 """A step takes at most so many times the prompt tokens that were measured: its time may grow faster than theirs."""
+
+
+_GROWTH = 1.5
+"""A step takes at most so many times the prompt tokens of the step in its place before, unless fewer fit at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,30 +109,71 @@ class PromptBudget:
         self._is_untouched = False
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkLimit:
+    """The most effective prompt tokens of each of so many steps in flight beside so many decodes.
+
+    0 where the promise can't be kept with `LEAST_TOKENS`.
+    """
+
+    at_once: float  # when the pipeline has computed decodes alone
+    evenly: float  # when it is full of such steps
+
+
 def chunk_limit(
     stages: Sequence[StagePace], *, num_decodes: int, num_steps: int, most_tokens: float, most_gap_s: float | None
-) -> float:
-    """Effective prompt tokens that each of so many steps in flight may have beside these decodes, as said above.
+) -> ChunkLimit:
+    """As said above. `most_gap_s` is the promise, None while it is not known.
 
-    `most_gap_s` is the promise, None while it is not known. `most_tokens` while nothing decodes, and never more;
-    `UNMEASURED_TOKENS` before decodes and prompts were measured; never fewer than `LEAST_TOKENS`.
+    `most_tokens` while nothing decodes, and never more; `UNMEASURED_TOKENS` before decodes and prompts were measured.
     """
-    if num_decodes == 0:
-        return most_tokens
     known = min((stage.times.most_prompt_tokens for stage in stages), default=0.0)
+    if num_decodes == 0:
+        return ChunkLimit(most_tokens, most_tokens)
     if not known or most_gap_s is None:
-        return min(UNMEASURED_TOKENS, most_tokens)
+        unmeasured = min(UNMEASURED_TOKENS, most_tokens)
+        return ChunkLimit(unmeasured, unmeasured)
     own = -(-num_decodes // num_steps)
-    low, high = LEAST_TOKENS, int(min(most_tokens, max(_RAMP * known, UNMEASURED_TOKENS)))
+    highest = int(min(most_tokens, max(_RAMP * known, UNMEASURED_TOKENS)))
+
+    def fits(tokens: int, *, is_even: bool) -> bool:
+        # The prompt's first token counts as one more sequence.
+        shape = StepShape(num_sequences=own + 1, prompt_tokens=tokens - 1)
+        return gap_beside(stages, shape, num_steps=num_steps, is_even=is_even) <= most_gap_s
+
+    evenly = _most(highest, lambda tokens: fits(tokens, is_even=True))
+    at_once = evenly if num_steps == 1 else _most(evenly, lambda tokens: fits(tokens, is_even=False))
+    return ChunkLimit(float(at_once), float(evenly))
+
+
+def _most(highest: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `LEAST_TOKENS` to `highest` that fits, if those below it do; 0 when none does."""
+    low, high = 0, highest
+    if high < LEAST_TOKENS or not fits(LEAST_TOKENS):
+        return 0
+    low = LEAST_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        # The prompt's first token counts as one more sequence.
-        shape = StepShape(num_sequences=own + 1, prompt_tokens=middle - 1)
-        if longest_way_s(stages, shape, num_steps=num_steps) <= most_gap_s:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
-    return min(float(low), most_tokens)
+    return low
+
+
+def gap_beside(stages: Sequence[StagePace], shape: StepShape, *, num_steps: int, is_even: bool) -> float:
+    """The gap when all steps in flight are of this shape: in an even flow, or at most when they come to decodes alone.
+
+    The stages are measured.
+    """
+    own_s = longest_s = 0.0
+    for stage in stages:
+        step_s = stage.step_s(shape, num_steps=num_steps, hopeful=False)
+        assert step_s is not None, f"no time for {shape}"
+        link_s = stage.link_s(shape)
+        own_s += step_s + link_s + stage.link_delay_s
+        longest_s = max(longest_s, step_s, link_s)
+    return max(own_s, num_steps * longest_s) if is_even else own_s + (num_steps - 1) * longest_s
 
 
 def decode_gap_s(stages: Sequence[StagePace], *, num_decodes: int) -> float | None:
@@ -126,13 +183,30 @@ def decode_gap_s(stages: Sequence[StagePace], *, num_decodes: int) -> float | No
     return cycle_s(stages, split(mix, num_steps=num_steps, chunk_tokens=0.0))
 
 
-def longest_way_s(stages: Sequence[StagePace], shape: StepShape, *, num_steps: int) -> float:
-    """The most that a step's way takes when all steps in flight are of this shape. The stages are measured."""
-    own_s = longest_s = 0.0
-    for stage in stages:
-        step_s = stage.step_s(shape, num_steps=num_steps)
-        assert step_s is not None, f"no time for {shape}"
-        link_s = stage.link_s(shape)
-        own_s += step_s + link_s + stage.link_delay_s
-        longest_s = max(longest_s, step_s, link_s)
-    return own_s + (num_steps - 1) * longest_s
+class ChunkRamp:
+    """Remembers what the last steps took, so that chunks beside decodes grow round by round."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._taken: deque[float] = deque(maxlen=MOST_STEPS)
+
+    def sent(self, *, num_steps: int, prompt_tokens: float) -> None:
+        """A step was sent with so many effective prompt tokens while so many steps are meant to be in flight."""
+        if num_steps != self._num_steps:
+            self._num_steps = num_steps
+            self._taken.clear()
+        self._taken.append(prompt_tokens)
+
+    def is_fewer(self, num_steps: int) -> bool:
+        """Whether more steps than these were meant to be in flight until now.
+
+        The decodes of the next step have then waited until those were back, and shall not have a chunk beside them.
+        """
+        return num_steps < self._num_steps
+
+    def allowed(self, limit: ChunkLimit, *, num_steps: int) -> float:
+        """Effective tokens that the next step may have: growing from those of the step before it in its place."""
+        grown = 0.0
+        if num_steps == self._num_steps and len(self._taken) >= num_steps:
+            grown = _GROWTH * self._taken[-num_steps]
+        return min(limit.evenly, max(limit.at_once, grown))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -42,6 +42,9 @@ _MOST_WORSE = 4
 _REPORTS_KEPT = 5
 """The median of so many reports is a shape's time: one that something else disturbed doesn't show, a drift does."""
 
+_MANY_STEPS = 8
+"""In a mean over so many steps, the first one doesn't show much."""
+
 _UNSEEN_SMALLER = 0.5
 """A step smaller than all that were measured is hoped to take this part of the smallest's time at best."""
 
@@ -49,7 +52,8 @@ _UNSEEN_ALONE = 1.1
 """Where a stage was measured only beside others on its device, it is thought to gain their shares but for a tenth."""
 
 _UNTRIED_TOKENS = 64
-"""Before anything was measured, prompts are split over steps only with so many tokens in each."""
+"""Before anything was measured, prompts are split over steps only with so many tokens in each. So many are also what
+a prompt's worth is measured by at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +79,19 @@ class _Shape:
     """The last reports on steps of one shape: (sequences, prompt tokens, mean seconds)."""
 
     reports: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=_REPORTS_KEPT))
-    is_cold: bool = False  # the only report is of one step alone
+    was_seen: bool = False
+    is_cold: bool = False  # the only report is the first, and on few steps
 
     def add(self, timing: StepTiming, extra: float) -> None:
         """Take a report on steps with `extra` prompt tokens.
 
-        The first step of a shape may prepare kernels and buffers: alone, it does not count.
+        The first step of a shape may prepare kernels and buffers, so a first report on few steps is forgotten with the
+        next one.
         """
         if self.is_cold:
             self.reports.clear()
-        self.is_cold = timing.count == 1 and not self.reports and not self.is_cold
+        self.is_cold = not self.was_seen and timing.count < _MANY_STEPS
+        self.was_seen = True
         self.reports.append((timing.num_sequences, extra, timing.mean_s))
 
 
@@ -113,10 +120,10 @@ class _Curve:
         part = (size - self.sizes[left]) / (self.sizes[right] - self.sizes[left])
         return self.times[left] + part * (self.times[right] - self.times[left])
 
-    def of_sequences(self, size: float) -> float:
-        """Time by number of sequences: below the smallest as hoped, above the largest as there."""
+    def of_sequences(self, size: float, *, hopeful: bool) -> float:
+        """Time by number of sequences: below the smallest as hoped or as there, above the largest as there."""
         if size < self.sizes[0]:
-            return self.times[0] * max(size / self.sizes[0], _UNSEEN_SMALLER)
+            return self.times[0] * max(size / self.sizes[0], _UNSEEN_SMALLER) if hopeful else self.times[0]
         return self.times[-1] if size > self.sizes[-1] else self.between(size)
 
     def of_tokens(self, size: float) -> float:
@@ -164,7 +171,7 @@ class StepTimes:
         }
         self._decode_curves = {key: _Curve.through(points) for key, points in decodes.items() if points}
         prompts = {
-            concurrency: dict(self._prompt_point(shape, concurrency) for shape in shapes.values() if not shape.is_cold)
+            concurrency: dict(self._prompt_point(shape, concurrency) for shape in _warm(shapes.values()))
             for concurrency, shapes in self._prompts.items()
         }
         self._prompt_curves = {key: _Curve.through(points) for key, points in prompts.items() if points}
@@ -182,22 +189,32 @@ class StepTimes:
         tokens = median_low(extra for _, extra in costs)
         return tokens, token_s * tokens
 
-    def at(self, num_sequences: float, prompt_tokens: float = 0.0, *, concurrency: int = 1) -> float | None:
+    def at(
+        self, num_sequences: float, prompt_tokens: float = 0.0, *, concurrency: int = 1, hopeful: bool = True
+    ) -> float | None:
         """The time of a step of so many sequences and, beyond one token of each, prompt tokens; in seconds.
 
         None when nothing like it was measured: no decode step, or with prompt tokens no step with prompt tokens.
-        Between two measured sizes on the line through them; what else was not measured as the module's docstring says.
+        Between two measured sizes on the line through them; what else was not measured at its best, as the module's
+        docstring says, or, if not `hopeful`, as if splitting up and computing at once brought nothing.
         """
-        base_s = self._decode(num_sequences, concurrency)
+        base_s = self._decode(num_sequences, concurrency, hopeful=hopeful)
         if prompt_tokens <= 0:
             return base_s
-        added_s = _beside(self._prompt_curves, concurrency, lambda curve: curve.of_tokens(prompt_tokens))
+        added_s = _beside(
+            self._prompt_curves, concurrency, lambda curve: curve.of_tokens(prompt_tokens), hopeful=hopeful
+        )
         return None if added_s is None else (base_s or 0.0) + added_s
 
-    def _decode(self, num_sequences: float, concurrency: int) -> float | None:
+    def _decode(self, num_sequences: float, concurrency: int, *, hopeful: bool = True) -> float | None:
         if num_sequences <= 0:
             return 0.0
-        return _beside(self._decode_curves, concurrency, lambda curve: curve.of_sequences(num_sequences))
+        return _beside(
+            self._decode_curves,
+            concurrency,
+            lambda curve: curve.of_sequences(num_sequences, hopeful=hopeful),
+            hopeful=hopeful,
+        )
 
     @property
     def most_prompt_tokens(self) -> float:
@@ -205,22 +222,29 @@ class StepTimes:
         return max((curve.sizes[-1] for curve in self._prompt_curves.values()), default=0.0)
 
 
+def _warm(shapes: Collection[_Shape]) -> Collection[_Shape]:
+    """Those known by more than their first steps; all where there are none: prompts may well be thought too slow."""
+    return [shape for shape in shapes if not shape.is_cold] or shapes
+
+
 def octave(num_tokens: int) -> int:
     """Steps whose prompt tokens lie within a factor of two are of one shape."""
     return num_tokens.bit_length()
 
 
-def _beside(curves: Mapping[int, _Curve], concurrency: int, read: Callable[[_Curve], float]) -> float | None:
-    """Read the curve of this concurrency, or what is to be hoped for from another's."""
+def _beside(
+    curves: Mapping[int, _Curve], concurrency: int, read: Callable[[_Curve], float], *, hopeful: bool
+) -> float | None:
+    """Read the curve of this concurrency, or what is to be hoped for, or feared, from another's."""
     if concurrency in curves:
         return read(curves[concurrency])
     fewer = max((key for key in curves if key < concurrency), default=None)
     if fewer is not None:
-        return read(curves[fewer])
+        return read(curves[fewer]) * (1.0 if hopeful else concurrency / fewer)
     more = min(curves, default=None)
     if more is None:
         return None
-    return read(curves[more]) * min(_UNSEEN_ALONE * concurrency / more, 1.0)
+    return read(curves[more]) * (min(_UNSEEN_ALONE * concurrency / more, 1.0) if hopeful else 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,10 +256,10 @@ class StagePace:
     link_delay_s: float = 0.0  # one way, into this stage; the last token's way back to the master is in the first's
     link_token_s: float = 0.0  # what the link into this stage takes for a token's activation
 
-    def step_s(self, shape: StepShape, *, num_steps: int) -> float | None:
+    def step_s(self, shape: StepShape, *, num_steps: int, hopeful: bool = True) -> float | None:
         """The stage's time for such a step with so many steps in flight."""
         concurrency = min(num_steps, self.num_sharing)
-        return self.times.at(shape.num_sequences, shape.prompt_tokens, concurrency=concurrency)
+        return self.times.at(shape.num_sequences, shape.prompt_tokens, concurrency=concurrency, hopeful=hopeful)
 
     def link_s(self, shape: StepShape) -> float:
         """How long the link into this stage is taken by such a step, apart from its delay."""
@@ -253,7 +277,7 @@ class StepShape:
 Shapes = Mapping[StepShape, int]
 """The steps in flight: how many there are of each shape."""
 
-ChunkLimit = Callable[[int], float]
+TokensPerStep = Callable[[int], float]
 """Most prompt tokens of one step when so many steps are in flight."""
 
 
@@ -275,7 +299,7 @@ def split(mix: Mix, *, num_steps: int, chunk_tokens: float) -> Shapes:
     return shapes
 
 
-def cycle_s(stages: Sequence[StagePace], shapes: Shapes) -> float | None:
+def cycle_s(stages: Sequence[StagePace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
     """Seconds until each of these steps is back once, with all of them in flight; None when a stage is not measured."""
     num_steps = sum(shapes.values())
     trips = dict.fromkeys(shapes, 0.0)
@@ -283,7 +307,7 @@ def cycle_s(stages: Sequence[StagePace], shapes: Shapes) -> float | None:
     for stage in stages:
         stage_s = wire_s = 0.0
         for shape, count in shapes.items():
-            step_s = stage.step_s(shape, num_steps=num_steps)
+            step_s = stage.step_s(shape, num_steps=num_steps, hopeful=hopeful)
             if step_s is None:
                 return None
             link_s = stage.link_s(shape)
@@ -294,27 +318,31 @@ def cycle_s(stages: Sequence[StagePace], shapes: Shapes) -> float | None:
     return max(busiest_s, *trips.values())
 
 
-def choose_steps_in_flight(stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: ChunkLimit, current: int = 1) -> int:
+def choose_steps_in_flight(
+    stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: TokensPerStep, current: int = 1
+) -> int:
     """The fewest steps in flight that no larger number beats by a margin, for what there is to compute.
 
-    `chunk_tokens` is asked for the prompt tokens that one step may have. With a `current` choice, one that was made
-    before for such a mix, the larger number has to be beaten itself before it is given up, so that the noise of
-    measurements does not make the choice swing. Before the stages are measured: one step for
-    decodes, so that they are measured alone; for prompts one for each stage, since their time grows with their tokens.
+    `chunk_tokens` is asked for the prompt tokens that one step may have, 0 where it can't have any. With a `current`
+    choice, one that was made before for such a mix, the larger number has to be beaten itself before it is given up, so
+    that the noise of measurements does not make the choice swing. Before the stages are measured: one step for decodes,
+    so that they are measured alone; for prompts one for each stage, since their time grows with their tokens. Nothing
+    is tried while decodes have prompts beside them.
     """
     most = min(mix.num_sequences, MOST_STEPS)
     if most < 2 or not stages:
         return 1
-    worth = _Worth.of(stages, mix, chunk_tokens(1))
+    worth = _Worth.of(stages, mix, max(chunk_tokens(1), _UNTRIED_TOKENS))
     if worth is None:
         return min(len(stages), most, max(mix.prompt_tokens // _UNTRIED_TOKENS, 1))
+    is_mixed = mix.num_decodes > 0 and mix.num_prompts > 0
     best_steps, best_rate = 1, 0.0
     num_worse = 0
     for num_steps in _candidates(mix):
         if num_worse > _MOST_WORSE:
             break
         shapes = split(mix, num_steps=num_steps, chunk_tokens=chunk_tokens(num_steps))
-        seconds = cycle_s(stages, shapes)
+        seconds = cycle_s(stages, shapes, hopeful=not is_mixed)
         rate = worth.of_steps(mix, shapes) / seconds if seconds else 0.0  # times of zero promise nothing
         num_worse += 1
         if rate > best_rate * (1.0 if num_steps == current else WORTHWHILE):
