@@ -69,6 +69,7 @@ class SplitModel:
         block_size: int = 4,
         dtype: str = "float32",
         device: str = "cpu",
+        vocabulary: bytes | None = None,
     ) -> None:
         config_json = (folder / "config.json").read_text()
         num_layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
@@ -88,6 +89,7 @@ class SplitModel:
                 block_size=block_size,
                 raw=raw,
                 progress=self.progress.append,
+                vocabulary=vocabulary,
             )
             for layers in even_cuts(num_layers, num_stages)
         ]

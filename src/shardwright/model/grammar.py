@@ -51,6 +51,7 @@ _LIMITS = llguidance.LLParserLimits(
 )
 
 _TRIED_TOKENS = 4
+_NO_TOKEN = "NoExtensionBias"  # the library's word for a grammar that allows no token  # noqa: S105
 _MAX_REASON = 1000  # characters; the library's can quote a whole source
 
 _RULE_OPTION = re.compile(r"^[ \t]*[!?]?[a-z_][\w-]*[ \t]*\[[^\]\n]*\b(temperature|stop)[ \t]*=", re.MULTILINE)
@@ -114,8 +115,8 @@ class GrammarCompiler:
         if not compiled.is_error():
             compiled.compute_bitmask()  # also the first work of each copy, done once
         for tried in (compiled, _after_some_tokens(compiled)):
-            # A token that leads nowhere is found out here only at the start; a model may well take another.
-            if tried.is_error() and (tried is compiled or tried.stop_reason() != "NoExtensionBias"):
+            # Behind the start, a token that leads nowhere says little: a model may well take another.
+            if tried.is_error() and (tried is compiled or not tried.get_error().startswith(_NO_TOKEN)):
                 raise InvalidRequestError(f"the {grammar.kind.value} can't be used: {_reason(tried, grammar)}")
         return compiled
 
@@ -270,7 +271,7 @@ def _after_some_tokens(compiled: Any) -> Any:
 def _reason(compiled: Any, grammar: Grammar) -> str:
     """The library's message, without what the user has not written, and not endless."""
     message = str(compiled.get_error()).replace("<non-verbose/>", "").strip()
-    if message == "NoExtensionBias":
+    if message == _NO_TOKEN:
         return "nothing that the model can write matches it"
     if grammar.kind is GrammarKind.LARK:
         message = "\n".join(line for line in message.splitlines() if not line.endswith(_OPTIONS))

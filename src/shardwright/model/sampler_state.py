@@ -156,8 +156,8 @@ class SamplerStates:
                 raise FrameError(f"sequence {part.seq_id} has penalties now, but had none when it began")
         if state.num_tokens != part.context_length or state.last_token != part.token_ids[-1]:
             raise FrameError(
-                f"sequence {part.seq_id} goes on behind token {part.token_ids[-1]} as its {part.context_length}th,"
-                f" but its last one was token {state.last_token} as its {state.num_tokens}th"
+                f"sequence {part.seq_id} goes on behind token {part.token_ids[-1]} at {part.context_length - 1},"
+                f" but its last one is token {state.last_token} at {state.num_tokens - 1}"
             )
         self._states[part.seq_id] = state
         return state
