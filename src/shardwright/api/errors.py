@@ -90,7 +90,7 @@ class _LingeringResponse(JSONResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A field has a value that can't be used: 400."""
     return ApiError(400, message, param=param, code=code)
 

@@ -39,7 +39,11 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise ApiError(415, f"the body's type is {media_type[:100]!r}; it must be application/json", code="media_type")
+        raise ApiError(
+            415,
+            f"the body's type is {media_type[:100]!r}; send it with the header `Content-Type: application/json`",
+            code="media_type",
+        )
     told = request.headers.get("content-length", "")
     if told.isdecimal() and (len(told) > 18 or int(told) > max_bytes):
         raise _too_large(max_bytes)
