@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from byte_vocabulary import END, VOCABULARY
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -17,9 +18,10 @@ from transformers import (
 )
 
 from shardwright.model import sampling
+from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.sampler_state import SequenceState
 from shardwright.model.sampling import sample, score, uniform
-from shardwright.types import SamplingParams, SequenceSetup, TokenRules
+from shardwright.types import Grammar, GrammarKind, SamplingParams, SequenceSetup, TokenRules
 
 GREEDY = SamplingParams()
 STOPS = frozenset({2, 7})
@@ -328,3 +330,38 @@ def test_a_token_without_a_chance_is_never_drawn_at_the_ends_of_the_unit_interva
         params = SamplingParams(temperature=0.9, **more)
         drawn = {draw(row, params, u) for u in (0.0, 5e-324, 1e-12, *np.linspace(0, 1, 50, endpoint=False), 1 - 2**-53)}
         assert drawn == {70, 3100}
+
+
+def test_sets_of_tokens_are_spread_alike_on_all_devices():
+    """With numpy on a CPU, by shifts elsewhere; a head's rows beyond the tokenizer's are in no set."""
+    bits = np.random.default_rng(2).integers(2**32, size=(3, 5), dtype=np.uint32)
+    bits[0, :2] = (0, 2**32 - 1)
+    expected = torch.tensor([[bool(int(word) >> i & 1) for word in row for i in range(32)] for row in bits])
+    assert torch.equal(sampling._shift_out(torch.from_numpy(bits.view(np.int32))), expected)
+    for vocabulary in (129, 160, 200):
+        allowed = sampling._spread(bits, torch.zeros(3, vocabulary))
+        assert torch.equal(allowed[:, :160], expected[:, :vocabulary])
+        assert not allowed[:, 160:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [40, 3000, 20_011])
+def test_a_gpu_picks_what_a_cpu_picks(vocabulary):
+    compiler = GrammarCompiler(VOCABULARY)
+    logits = random_logits(37, vocabulary)
+    params, positions, states = map(list, zip(*mixed_batch(vocabulary), strict=True))
+    if vocabulary > len(VOCABULARY.tokens):
+        rules = TokenRules(grammar=Grammar(kind=GrammarKind.JSON_OBJECT))
+        setup = SequenceSetup(num_prompt_tokens=1, tokens=(1,), rules=rules, stop_token_ids=frozenset({END}))
+        matcher = compiler.matcher(rules.grammar, {END})
+        states.append(SequenceState(1, setup, vocabulary=vocabulary, counted=False, matcher=matcher))
+    else:
+        states.append(None)
+    params.append(GREEDY)
+    positions.append(2)
+    expected = sample(logits, params, positions, states)
+    found = sample(logits.cuda(), params, positions, states)
+    assert [p.token_id for p in found] == [p.token_id for p in expected]
+    assert [[t for t, _ in p.top] for p in found] == [[t for t, _ in p.top] for p in expected]
+    assert [p.logprob for p in found] == pytest.approx([p.logprob for p in expected], abs=1e-4)
+    assert score(logits.cuda(), [1] * 37, [2] * 37)[5].top[0][0] == int(logits[5].argmax())

@@ -76,16 +76,19 @@ def sample(
     assert logits.shape[0] == len(params) == len(positions)
     assert not states or len(states) == len(params)
     logits = logits.float()
+    num_top = [p.num_top_logprobs for p in params]
     ruled = [row for row, state in enumerate(states) if state is not None]
-    changed = _changed(logits, ruled, params, states) if ruled else None
     drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
+    if not ruled and not drawn:
+        return _picks(logits, logits.argmax(dim=-1), num_top)
+    changed = _changed(logits, ruled, params, states) if ruled else None
     chosen = _greedy(logits, ruled, changed) if len(drawn) < len(params) else [0] * len(params)
     if drawn:
         us = [uniform(params[row].seed, positions[row]) for row in drawn]
         tokens = _draw(_rows(logits, drawn, ruled, changed), [params[row] for row in drawn], us)
         for row, token in zip(drawn, tokens, strict=True):
             chosen[row] = token
-    return _picks(logits, chosen, [p.num_top_logprobs for p in params])
+    return _picks(logits, torch.tensor(chosen).to(logits.device), num_top)
 
 
 def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int]) -> list[Pick]:
@@ -93,21 +96,20 @@ def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int
     picks: list[Pick] = []
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
         piece = slice(start, start + _ROWS_AT_ONCE)
-        picks += _picks(logits[piece].float(), tokens[piece], num_top[piece])
+        picks += _picks(logits[piece].float(), torch.tensor(tokens[piece]).to(logits.device), num_top[piece])
     return picks
 
 
-def _picks(logits: torch.Tensor, chosen: Sequence[TokenId], num_top: Sequence[int]) -> list[Pick]:
+def _picks(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[Pick]:
     if logits.numel() <= _PIECE:
         totals = logits.logsumexp(dim=-1)
     else:  # piece by piece: what fits into caches takes a fifth of the time
         count = max(_PIECE // logits.shape[1], 1)
         parts = [logits[start : start + count] for start in range(0, len(logits), count)]
         totals = torch.cat([part.logsumexp(dim=-1) for part in parts])
-    index = torch.tensor(chosen, dtype=torch.int64).to(logits.device)
-    logprobs = (logits.gather(1, index[:, None])[:, 0] - totals).tolist()
+    logprobs = (logits.gather(1, chosen[:, None])[:, 0] - totals).tolist()
     tops = _tops(logits, totals.cpu(), num_top) if any(num_top) else {}
-    return [Pick(token, logprobs[row], tops.get(row, ())) for row, token in enumerate(chosen)]
+    return [Pick(token, logprobs[row], tops.get(row, ())) for row, token in enumerate(chosen.tolist())]
 
 
 def _tops(logits: torch.Tensor, totals: torch.Tensor, num_top: Sequence[int]) -> dict[int, Ranked]:
@@ -209,12 +211,16 @@ def _spread(bits: NDArray[np.uint32], logits: torch.Tensor) -> torch.Tensor:
         octets = bits.astype("<u4", copy=False).view(np.uint8)
         allowed = torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little")).view(torch.bool)
     else:
-        words = _to(bits.view(np.int32), logits)
-        shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-        allowed = (words[:, :, None] >> shifts).bitwise_and_(1).view(len(bits), -1).bool()
+        allowed = _shift_out(_to(bits.view(np.int32), logits))
     if allowed.shape[1] >= vocabulary:
         return allowed[:, :vocabulary]
     return torch.nn.functional.pad(allowed, (0, vocabulary - allowed.shape[1]))
+
+
+def _shift_out(words: torch.Tensor) -> torch.Tensor:
+    """The bits of int32 words [rows, words] as booleans [rows, 32 * words], the lowest first; where the words lie."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> shifts).bitwise_and_(1).flatten(1).bool()
 
 
 def _to(values: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
