@@ -93,13 +93,12 @@ def test_an_earlier_long_prompt_does_not_hold_up_a_later_one_that_decodes():
 
 
 def test_sequences_take_turns_when_the_budget_is_smaller_than_their_number():
-    driver = Driver(token_budget=2, num_groups=2)
+    driver = Driver(token_budget=2)
     for seq_id in (1, 2, 3, 4):
         driver.add(seq_id, 1)
     for step in (driver.step(), driver.step()):
         driver.back(step)
     driver.end(1)
-    driver.num_groups = 1
     carried = [seq_id for _ in range(6) for seq_id, _ in driver.shape()]
     assert {seq_id: carried.count(seq_id) for seq_id in (2, 3, 4)} == {2: 4, 3: 4, 4: 4}
 
@@ -381,3 +380,17 @@ def test_every_sequence_ends_whatever_the_sizes_are(num_groups, data):
         driver.back(in_flight.pop(0))
     assert not driver.open
     assert driver.scheduler.pool.num_free == num_blocks
+
+
+def test_steps_in_flight_share_out_decodes_and_prompts_each_for_itself():
+    """Else one step would carry all decodes and another all prompts, and stages would wait for each other."""
+    driver = Driver(token_budget=64, num_groups=1)
+    for seq_id in (1, 2, 3, 4):
+        driver.add(seq_id, 1)
+    driver.back(driver.step())
+    driver.num_groups = 2
+    driver.add(5, 10)
+    driver.add(6, 10)
+    first, second = driver.step(), driver.step()
+    carried = [[(part.seq_id, part.num_tokens) for part in step.slices] for step in (first, second)]
+    assert carried == [[(1, 1), (2, 1), (5, 10)], [(3, 1), (4, 1), (6, 10)]]

@@ -201,7 +201,7 @@ def test_finds_a_prompt_of_which_nothing_is_computed(monkeypatch):
 @pytest.mark.parametrize(
     ("planted", "messages"),
     [
-        (TrustingScheduler, ["has penalties and no setup", "is not the beginning of"]),
+        (TrustingScheduler, ["has penalties and no setup", "is not the beginning of", "of which nothing is kept"]),
         (StaleScheduler, ["are kept", "is set up twice"]),
         (EagerScheduler, ["of which nothing is kept"]),
         (ChattyScheduler, ["is set up twice"]),

@@ -287,6 +287,7 @@ class MasterState:
             self._stages,
             context=ContextCost(self._costs.context_costs),
             token_budget=self._settings.token_budget,
+            max_gap_ratio=self._settings.max_gap_ratio,
         )
         effects += self._end(self._scheduler.restart(placement.num_blocks - self._num_probe_blocks))
         return effects

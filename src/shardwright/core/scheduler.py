@@ -104,7 +104,7 @@ def _urgency(sequence: Sequence) -> tuple[bool, int, SeqId]:
     So a long prompt's chunks take what is left of the budget and hold up nobody's next token, and when the budget
     is smaller than the number of sequences they take turns.
     """
-    if sequence.num_missing_tokens == 1:
+    if sequence.is_decode:
         return False, sequence.last_turn, sequence.seq_id
     return True, 0, sequence.seq_id
 
@@ -244,7 +244,8 @@ class Scheduler:
     ) -> StepInput | None:
         """The next step, or None when nothing can be computed before a step in flight is back.
 
-        `num_groups` is how many steps shall be in flight: each takes its share of the sequences.
+        `num_groups` is how many steps shall be in flight: each takes its share of the decodes and its share of the
+        prompts, so that steps take about as long as each other.
         """
         room = _Room(
             tokens=self._settings.token_budget,
@@ -252,10 +253,12 @@ class Scheduler:
             num_steps=num_groups,
             budget_for=prompt_budget,
         )
-        chosen, left = self._continue_running(room, -(-len(self.running) // num_groups))
+        num_decodes = sum(sequence.is_decode for sequence in self.running)
+        num_prompts = len(self.running) - num_decodes
+        chosen, left = self._continue_running(room, -(-num_decodes // num_groups), -(-num_prompts // num_groups))
         if left is not None:
-            num_sequences = min(self._settings.max_running, len(self.running) + len(self.waiting))
-            self._admit(chosen, left, -(-num_sequences // num_groups))
+            num_prompts += min(len(self.waiting), self._settings.max_running - len(self.running))
+            self._admit(chosen, left, -(-num_prompts // num_groups))
         if not chosen:
             return None
         for sequence, _ in sorted(chosen, key=lambda pair: pair[0].last_turn):
@@ -276,12 +279,11 @@ class Scheduler:
         """What there is to compute: of the sequences that run and of those that are next to."""
         num_decodes = num_prompts = prompt_tokens = 0
         for sequence in chain(self.running, islice(self.waiting, self._settings.max_running - len(self.running))):
-            lacking = len(sequence.tokens) - sequence.num_computed_tokens
-            if lacking == 1:
+            if sequence.is_decode:
                 num_decodes += 1
             else:
                 num_prompts += 1
-                prompt_tokens += lacking
+                prompt_tokens += len(sequence.tokens) - sequence.num_computed_tokens
         return Mix(num_decodes=num_decodes, num_prompts=num_prompts, prompt_tokens=prompt_tokens)
 
     def _take(self, room: _Room, sequence: Sequence, start: int) -> int:
@@ -296,7 +298,7 @@ class Scheduler:
             count = min(count, before if before > 0 else room.rows)
         if count > 1:
             if room.prompts is None:
-                num_decodes = sum(len(s.tokens) - s.num_computed_tokens == 1 for s in self.running)
+                num_decodes = sum(s.is_decode for s in self.running)
                 room.prompts = room.budget_for(num_decodes=num_decodes, num_steps=room.num_steps, tokens=room.tokens)
             count = room.prompts.grant(prefix=start, wanted=count)
             if count:
@@ -316,10 +318,12 @@ class Scheduler:
                 keys.add(pool.key(sequence.prefix_node, sequence.tokens[begin : begin + size]))
         return keys
 
-    def _continue_running(self, whole: _Room, most_parts: int) -> tuple[list[tuple[Sequence, int]], _Room | None]:
+    def _continue_running(
+        self, whole: _Room, most_decodes: int, most_prompts: int
+    ) -> tuple[list[tuple[Sequence, int]], _Room | None]:
         """Tokens for running sequences, most urgent first; blocks in order of arrival.
 
-        Waiting ones don't count in `most_parts`: if they find no room, the running ones still share out evenly. The
+        Waiting ones don't count in the shares: if they find no room, the running ones still share out evenly. The
         second value is what is left for them; None when none may be admitted: in a step that had to take blocks away.
         """
         ready = [sequence for sequence in self.running if not sequence.num_in_flight]
@@ -329,7 +333,9 @@ class Scheduler:
         room = whole
         while ready and not granted:
             room = replace(whole)
-            asked = sorted(ready, key=_urgency)[:most_parts]
+            urgent = sorted(ready, key=_urgency)
+            num_decodes = sum(sequence.is_decode for sequence in urgent)  # they come first
+            asked = urgent[: min(num_decodes, most_decodes)] + urgent[num_decodes : num_decodes + most_prompts]
             wanted = [(s, count) for s in asked if (count := self._take(room, s, s.num_computed_tokens))]
             assert wanted, "the first that asks gets something"
             wanted.sort(key=lambda pair: pair[0].seq_id)
@@ -377,14 +383,15 @@ class Scheduler:
         insort(self.waiting, victim, key=_arrival)
         self.total_preemptions += 1
 
-    def _admit(self, chosen: list[tuple[Sequence, int]], room: _Room, most_parts: int) -> None:
+    def _admit(self, chosen: list[tuple[Sequence, int]], room: _Room, most_prompts: int) -> None:
         """Start waiting sequences in order of arrival, as long as budget, places and blocks last.
 
         Those that wait for another's block, or for rows of scores, keep their place while later ones pass.
         """
         awaitable: set[PrefixKey] | None = None
         held = 0
-        while held < min(len(self.waiting), _MOST_HELD) and room.tokens and len(chosen) < most_parts:
+        num_prompts = sum(not sequence.is_decode for sequence, _ in chosen)
+        while held < min(len(self.waiting), _MOST_HELD) and room.tokens and num_prompts < most_prompts:
             if len(self.running) >= self._settings.max_running or not self.pool.num_free:
                 return
             sequence = self.waiting[held]
@@ -412,6 +419,7 @@ class Scheduler:
             found = self._make_room(sequence, count)
             assert found == count, "admission counted the blocks"
             chosen.append((sequence, count))
+            num_prompts += 1
 
     def _next_key(self, sequence: Sequence, num_cached: int, node: int) -> PrefixKey | None:
         """The block after the cached ones, if the sequence could reuse it."""

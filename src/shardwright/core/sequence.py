@@ -73,6 +73,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed_tokens - self.num_in_flight
 
     @property
+    def is_decode(self) -> bool:
+        """Whether all but its last token are computed, so that its next step gives a token for one."""
+        return len(self.tokens) - self.num_computed_tokens == 1
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens that the client has been given."""
         return len(self.tokens) - self.num_prompt_tokens
