@@ -17,7 +17,7 @@ from shardwright.api.app import create_app
 from shardwright.api.keys import Keyring, read_key_file
 from shardwright.api.metrics import Metrics
 from shardwright.api.schemas import ChatRequest, CompletionRequest, StreamOptions, StructuredOutputs
-from shardwright.cli.serve import is_loopback, ready_line, watch
+from shardwright.cli.serve import is_loopback, public_name, ready_line, watch
 from shardwright.config import ServeConfig
 from shardwright.engine import ServedModel
 from shardwright.errors import ClusterError
@@ -145,6 +145,15 @@ def test_the_line_to_try_is_a_request_that_the_model_can_answer():
     url, _, body = body_of(ready_line(bare, "http://[::]:8000", needs_key=False))
     assert url == "http://[::1]:8000/v1/completions"
     assert body["prompt"] == [1, 2, 3]
+
+
+def test_clients_see_no_paths(tmp_path, monkeypatch):
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "some" / "model")
+    assert public_name(str(tmp_path / "some" / "model")) == "model"
+    assert public_name(".") == "model"
+    assert public_name("google/gemma-2b") == "google/gemma-2b"
+    assert public_name("smollm2-135m") == "smollm2-135m"
 
 
 async def test_a_failing_cluster_is_logged_once_and_so_is_its_return(monkeypatch, caplog):

@@ -42,7 +42,10 @@ def serve(
     *,
     flags: options.ModelFlags,
     served_model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What clients call the model. Default: its own name.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What clients call the model. Default: its own name; of a path the last part."
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(metavar="HOST", help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[
@@ -159,7 +162,7 @@ async def run_server(
                 from shardwright.api.app import create_app
                 from shardwright.api.server import serve as serve_app
 
-                engine = session.serve_as(name or session.model.files.name)
+                engine = session.serve_as(name or public_name(session.model.files.name))
                 app = create_app(engine, api)
 
                 def announce(url: str) -> None:
@@ -179,6 +182,12 @@ async def run_server(
         raise ClusterError(f"the cluster failed while it was serving: {failure}")
     say("server stopped")
     return 0
+
+
+def public_name(model: str) -> str:
+    """What clients call a model: a hub id or bundled name as it is, of a path its last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
 
 
 def ready_line(model: ServedModel, url: str, *, needs_key: bool) -> str:
@@ -223,7 +232,9 @@ class _Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python's own handlers run also while the loop is busy, so that a second Ctrl-C always works.
+        # Python's own handlers run also while the loop is busy, so that a second Ctrl-C always works. The loop's, which
+        # `aio.run` set, would still be called beside them.
+        self._loop.remove_signal_handler(signal.SIGTERM)
         with contextlib.suppress(ValueError):  # not in the main thread: a test's, say
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)
