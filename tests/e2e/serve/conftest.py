@@ -20,18 +20,23 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+SPECIALS = ["<pad>", "<s>", "</s>"]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
+BYTE_TOKENS = [
+    *(text.encode() for text in SPECIALS),
+    *(decoders.ByteLevel().decode([text]).encode("utf-8", "replace") for text in ALPHABET),
+]
 
 
 def save_chat_model(folder: Path) -> Whole:
-    """A tiny model of bytes: token 3 + n is the n-th byte of the byte-level alphabet; templates know tools."""
-    specials = ["<pad>", "<s>", "</s>"]
-    vocabulary = {text: n for n, text in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    """A tiny model of bytes, whose template knows tools. Token n is `BYTE_TOKENS[n]`, as far as that is text."""
+    vocabulary = {text: n for n, text in enumerate([*SPECIALS, *ALPHABET])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     whole = save_whole("llama", folder, vocab_size=len(vocabulary), max_position_embeddings=32768, rope_parameters=None)
     PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=specials[2], pad_token=specials[0], chat_template=TEMPLATE
+        tokenizer_object=inner, eos_token=SPECIALS[2], pad_token=SPECIALS[0], chat_template=TEMPLATE
     ).save_pretrained(folder)
     return whole
 
