@@ -1,6 +1,8 @@
 """`bench serve` against a small server of the tests."""
 
 import json
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -174,3 +176,20 @@ def test_settings_that_make_no_sense_are_refused(bench, server, argv, says):
     assert outcome.code == 2
     assert says in outcome.err
     assert server.bodies == []
+
+
+def test_ctrl_c_ends_a_run_at_once(server, tmp_path):
+    server.answer = always(said("a", "b", hold_after=2))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardwright", "bench", "serve", "--url", server.url, "--warmup", "0"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert server.held.wait(60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert server.broken.wait(30)

@@ -98,7 +98,7 @@ def test_the_tables_have_units():
     assert "1500.00" in shown
     assert "0.60 /s" in shown
     assert "failed, HTTP 429: 2; such as: HTTP 429 happened" in shown
-    assert "1 answers have fewer tokens than were asked for." in shown
+    assert "1 answer has fewer tokens than were asked for." in shown
 
 
 def test_no_values_have_no_distribution():

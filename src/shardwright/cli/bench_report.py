@@ -231,7 +231,8 @@ def remarks(report: Report, *, has_rate: bool) -> list[str]:
     if report.num_ok and not report.counted_by_server:
         said.append("The server counts no tokens: a piece of an answer stands for one token.")
     if report.num_short:
-        said.append(f"{report.num_short} answers have fewer tokens than were asked for.")
+        what = "1 answer has" if report.num_short == 1 else f"{report.num_short} answers have"
+        said.append(f"{what} fewer tokens than were asked for.")
     if has_rate and report.late_s > LATE_S:
         said.append(
             f"Requests were sent up to {report.late_s * 1000:.0f} ms late (p99): this machine can't keep the rate up."
