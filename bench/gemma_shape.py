@@ -1,4 +1,7 @@
-"""Writes a checkpoint of Gemma-2B's shape with random bfloat16 weights, 5 GB, one file a few layers long at a time."""
+"""Writes a checkpoint of Gemma-2B's shape with random bfloat16 weights, 5 GB, one file a few layers long at a time.
+
+It comes with a tokenizer of as many words, so that its answers are text like any other model's.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import GemmaConfig
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import GemmaConfig, PreTrainedTokenizerFast
 
 LAYERS_PER_FILE = 3
 SEED = 2
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def gemma_2b_config() -> GemmaConfig:
@@ -32,11 +38,13 @@ def gemma_2b_config() -> GemmaConfig:
 
 def make_gemma_2b(folder: Path) -> Path:
     """The checkpoint's folder; made once, then kept."""
+    config = gemma_2b_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer_config.json").exists():
+        write_tokenizer(folder, config.vocab_size)
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = gemma_2b_config()
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(SEED)
     weight_map: dict[str, str] = {}
@@ -75,3 +83,27 @@ def make_gemma_2b(folder: Path) -> Path:
         save(f"layers-{first:02d}.safetensors", tensors)
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     return folder
+
+
+def write_tokenizer(folder: Path, num_words: int) -> None:
+    """A tokenizer as Gemma's is made: byte fallback, spaces as bars; its words are `a`, `b`, ... `aa`, and so on."""
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [f"▁{_word(number)}" for number in range(num_words - len(names))]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL[3], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pad, end, begin, unknown = SPECIAL
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, bos_token=begin, unk_token=unknown
+    ).save_pretrained(folder)
+
+
+def _word(number: int) -> str:
+    """The words in order, the shorter ones first: 0 is a, 25 is z, 26 is aa."""
+    word = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, len(LETTERS))
+        word = LETTERS[letter] + word
+    return word
