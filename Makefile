@@ -66,8 +66,9 @@ lint: $(STAMP)  ## check format, style, types, imports between rooms, generated 
 	check $(BIN)/python tools/generate_proto.py --check; \
 	exit $$failed
 
-bench: $(STAMP)  ## measure against transformers in one process, on this machine
+bench: $(STAMP)  ## measure against transformers in one process, then as a server; takes an hour on this machine alone
 	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/serve_speed.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
