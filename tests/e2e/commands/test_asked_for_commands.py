@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_worker_node_says_its_port_and_nothing_else(processes):
     assert worker.out == f"Worker node started on port {port}\n"
     assert worker.err == ""
     socket.create_connection(("127.0.0.1", port), timeout=10).close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads a process's environment as Linux shows it")
+def test_a_worker_computes_with_huge_pages_and_short_waiting_unless_told_otherwise(processes, monkeypatch):
+    """The C library and OpenMP read these once: the process has to have been started with them."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    for name in ("GLIBC_TUNABLES", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    worker = processes.run("--port", 0, "--host", "127.0.0.1", program=[str(ROOT / "worker_node.py")])
+    port_of(worker)
+    environ = Path(f"/proc/{worker.process.pid}/environ").read_text().split("\0")
+    assert {"GLIBC_TUNABLES=glibc.malloc.hugetlb=1", "KMP_BLOCKTIME=1", "GOMP_SPINCOUNT=7"} <= set(environ)
 
 
 def test_worker_node_listens_on_the_default_port(processes):
