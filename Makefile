@@ -66,7 +66,7 @@ lint: $(STAMP)  ## check format, style, types, imports between rooms, generated 
 	check $(BIN)/python tools/generate_proto.py --check; \
 	exit $$failed
 
-bench: $(STAMP)  ## measure against transformers in one process, then as a server; takes an hour on this machine alone
+bench: $(STAMP)  ## measure against transformers in one process, then as a server; most of an hour
 	$(BIN)/python bench/compare.py
 	$(BIN)/python bench/serve_speed.py
 

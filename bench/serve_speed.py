@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 
 from compare import Prompts, Quiet, ask  # noqa: E402
 from gemma_shape import make_gemma_2b  # noqa: E402
-from http_load import complete, tokens_per_s  # noqa: E402
+from http_load import Answer, complete, tokens_per_s  # noqa: E402
 from machine_limits import decode_weight_bytes, matrix_rate, prefill_operations, read_bandwidth  # noqa: E402
 from serving import (  # noqa: E402
     Server,
@@ -193,17 +193,21 @@ class Bench:
             names = ", ".join(part for part in PARTS if part in wanted)
             before = len(self.figures)
             self._say(f"{names}: loading")
-            try:
-                await measure(wanted)
-            except Exception as exc:  # noqa: BLE001  the other parts' figures are worth having
-                traceback.print_exc()
-                self.failures.append(f"{self.name}: {names}: {exc!r}")
+            await self._try(names, measure(wanted))
             for part in PARTS:
                 found = [figure for figure in self.figures[before:] if figure.part == part]
                 if found:
                     print(f"\n{self.name}: {part}")
                     print("\n".join(map(str, found)), flush=True)
             after_each()
+
+    async def _try(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """What fails is told and kept; the other parts' figures are worth having."""
+        try:
+            await work
+        except Exception as exc:  # noqa: BLE001  the top of a part
+            traceback.print_exc()
+            self.failures.append(f"{self.name}: {what}: {exc!r}")
 
     def _say(self, what: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {self.name}: {what}", file=sys.stderr, flush=True)
@@ -235,34 +239,33 @@ class Bench:
 
     async def _on_server(self, parts: set[str]) -> None:
         async with server_on(self.config, None) as server:
-            if "http" in parts:
-                await self._requests(
-                    "http", server, Bound(aim=VLLM_SHARED) if self.name == SMOLLM2 else self._if_gemma(0.6, 0.75)
-                )
-            if "prefix" in parts:
-                await self._prefix(server)
-            if "master-cost" in parts:
-                await self._cost_with_http(server)
+            bound = Bound(aim=VLLM_SHARED) if self.name == SMOLLM2 else self._if_gemma(0.6, 0.75)
+            work = {
+                "http": lambda: self._requests("http", server, bound),
+                "prefix": lambda: self._prefix(server),
+                "master-cost": lambda: self._cost_with_http(server),
+            }
+            await self._try_each(work, parts)
 
     async def _on_pinned_server(self, _: set[str]) -> None:
         async with pinned_workers() as entries, server_on(self.config, entries) as server:
-            await self._requests(
-                "pinned", server, Bound(aim=VLLM_PINNED) if self.name == SMOLLM2 else self._if_gemma(0.34, 0.38)
-            )
+            bound = Bound(aim=VLLM_PINNED) if self.name == SMOLLM2 else self._if_gemma(0.34, 0.38)
+            await self._requests("pinned", server, bound)
 
     async def _on_sessions(self, parts: set[str]) -> None:
         async with sharing_workers(2) as workers, session_on(self.config, self.model, workers) as two:
             if parts & {"single", "prefill"}:
                 async with sharing_workers(1) as worker, session_on(self.config, self.model, worker) as one:
                     ways = {"one stage": one, "two stages": two}
-                    if "single" in parts:
-                        await self._single(ways)
-                    if "prefill" in parts:
-                        await self._prefill(ways)
-            if "gap" in parts:
-                await self._gap(two)
-            if "master-cost" in parts:
-                await self._cost_without_http(two)
+                    work = {"single": lambda: self._single(ways), "prefill": lambda: self._prefill(ways)}
+                    await self._try_each(work, parts)
+            work = {"gap": lambda: self._gap(two), "master-cost": lambda: self._cost_without_http(two)}
+            await self._try_each(work, parts)
+
+    async def _try_each(self, work: dict[str, Callable[[], Coroutine[Any, Any, None]]], parts: set[str]) -> None:
+        for part, measure in work.items():
+            if part in parts:
+                await self._try(part, measure())
 
     # --- parts -------------------------------------------------------------------------------------
 
@@ -273,9 +276,8 @@ class Bench:
             rates, limits = [], []
             async for is_measured in self._rounds(f"{part}, {count} requests"):
                 limit = read_bandwidth() / self._weight_bytes
-                answers = await complete(
-                    server.url, self._prompts.make(count, sizes.short_prompt), new_tokens=sizes.new_tokens
-                )
+                prompts = self._prompts.make(count, sizes.short_prompt)
+                answers = await self._complete(server, prompts, sizes.new_tokens)
                 if is_measured:
                     rates.append(tokens_per_s(answers))
                     limits.append(limit)
@@ -286,6 +288,11 @@ class Bench:
             self._add(
                 part, f"{count} requests / ({count} x limit)", ratios, bound=bound_of_8 if count == 8 else NO_BOUND
             )
+
+    async def _complete(self, server: Server, prompts: list[tuple[int, ...]], new_tokens: int) -> list[Answer]:
+        """Streamed answers. Without a tokenizer there is no text to stream: then the tokens' scores are."""
+        is_textless = self.model.files.tokenizer is None
+        return await complete(server.url, prompts, new_tokens=new_tokens, each_token=is_textless)
 
     async def _single(self, ways: dict[str, Session]) -> None:
         rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -469,7 +476,7 @@ class Bench:
 
     async def _cost_with_http(self, server: Server) -> None:
         async def work(prompts: list[tuple[int, ...]]) -> None:
-            await complete(server.url, prompts, new_tokens=self.sizes.cost_tokens)
+            await self._complete(server, prompts, self.sizes.cost_tokens)
 
         await self._cost("through HTTP", work, server.cpu_s)
 
