@@ -6,11 +6,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from shardwright.cli.bootstrap import use_project_python  # noqa: E402  found only now
+from shardwright.cli.bootstrap import start_with, use_project_python  # noqa: E402  found only now
 
 if __name__ == "__main__":
     use_project_python(ROOT, "worker_node.py")
     from shardwright.cli.console import leave
     from shardwright.cli.nodes import worker_node
+    from shardwright.runtime.threads import worker_environment
 
+    start_with(worker_environment())
     leave(worker_node())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -9,7 +10,9 @@ import typer
 
 from shardwright import __version__
 from shardwright.cli import api_key, bench_serve, cache, chat, cluster, generate, options, plan, serve
+from shardwright.cli.bootstrap import start_with
 from shardwright.cli.console import leave, run_app
+from shardwright.runtime.threads import worker_environment
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -66,4 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """Be the process `shardwright`."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "worker":
+        start_with(worker_environment())
     leave(main())

@@ -1,4 +1,4 @@
-"""Finds a Python that has Shardwright's dependencies, for the scripts in the repository's root.
+"""Starts again what was not started as it needs to be: with a Python that has the dependencies, with variables set.
 
 Standard library only, and no syntax newer than Python 3.7: whatever `python3` is must get as far as a clear sentence.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "grpc", "typer", "rich", "psutil")
+NEEDED = (
+    "torch", "transformers", "tokenizers", "safetensors", "gguf", "grpc", "typer", "rich", "psutil", "fastapi",
+    "uvicorn", "pydantic", "prometheus_client", "llguidance", "httpx", "prompt_toolkit",
+)  # fmt: skip
 OLDEST = (3, 11)
 
 
@@ -32,6 +36,17 @@ def use_project_python(root: Path, script: str) -> None:
         os.execv(str(prepared), [str(prepared), str(root / script), *sys.argv[1:]])  # noqa: S606
     sys.stderr.write(f"error: {missing} is missing; run `make venv` in {root} first, then try again\n")
     sys.exit(2)
+
+
+def start_with(environ: Mapping[str, str]) -> None:
+    """Return if this process was started with these variables, or with other values that the user gave them; else start
+    it again with them: the C library and OpenMP read them once, before any line of ours.
+
+    The process id, the standard streams and the arguments stay.
+    """
+    missing = {name: value for name, value in environ.items() if name not in os.environ}
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})  # noqa: S606
 
 
 def _missing() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from shardwright.cli.console import one_sentence, say, stdout_console, warn
 from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.registry import Change, Registry, WorkerEntry
-from shardwright.runtime.threads import large_pages, short_waiting
+from shardwright.runtime.threads import short_waiting
 from shardwright.types import HeartbeatReport, WorkerDescription
 
 if TYPE_CHECKING:
@@ -176,20 +175,12 @@ def grpc_transport(config: MasterConfig) -> Transport:
 
 
 async def serve_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
-    """Serve until cancelled; imported late because torch takes seconds to load."""
-    _start_with({**short_waiting(), **large_pages()})
+    """Serve until cancelled; imported late because torch takes seconds to load, and reads how to wait when it does."""
+    for name, value in short_waiting().items():
+        os.environ.setdefault(name, value)
     from shardwright.runtime.worker_process import run_worker
 
     await run_worker(config, announce=announce)
-
-
-def _start_with(environ: dict[str, str]) -> None:
-    """Make sure that this process was started with these variables, unless the user set them: the C library and OpenMP
-    read them once. Starting again keeps the process id, the open standard streams and the arguments.
-    """
-    missing = {name: value for name, value in environ.items() if name not in os.environ}
-    if missing:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})  # noqa: S606
 
 
 async def probe_all(entries: tuple[WorkerEntry, ...], transport: Transport) -> list[Probe]:

@@ -18,7 +18,7 @@ from typing import IO, Self
 
 from shardwright.errors import ClusterError, ConfigError, UserError
 from shardwright.runtime.registry import WorkerEntry
-from shardwright.runtime.threads import large_pages, short_waiting
+from shardwright.runtime.threads import worker_environment
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
@@ -95,7 +95,7 @@ class LocalWorkers:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env={**short_waiting(), **large_pages(), **os.environ, **self._environ},
+                env={**worker_environment(), **os.environ, **self._environ},
                 start_new_session=True,  # Ctrl-C reaches the master alone, which then ends its workers in order
             )
         )  # fmt: skip

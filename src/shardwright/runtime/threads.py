@@ -22,3 +22,8 @@ def large_pages() -> dict[str, str]:
     ignore it. Measured in `docs/decisions/0008-huge-pages.md`.
     """
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def worker_environment() -> dict[str, str]:
+    """All that a worker's process should have been started with, unless the user chose otherwise."""
+    return {**short_waiting(), **large_pages()}
