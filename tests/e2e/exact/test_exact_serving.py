@@ -180,6 +180,14 @@ def random_mix(rng):
     return mix
 
 
+def outgrowing():
+    """Requests of one moment whose prompts fit in 96 tokens together and whose answers do not."""
+    return [
+        (GenerationRequest(prompt=prompt_of(20, 900 + i), max_new_tokens=30, ignore_eos=True), 0.0, None)
+        for i in range(3)
+    ]
+
+
 MIXES = {
     "room for all": {"kv_tokens": 2048, "steps_in_flight": 2},
     "few blocks": {"kv_tokens": 96, "token_budget": 13, "steps_in_flight": 2},
@@ -205,6 +213,8 @@ async def test_each_greedy_text_is_what_it_is_alone_whatever_runs_beside_it(fami
 
         for _ in range(2):
             mix = random_mix(rng)
+            if "few blocks" in settings:
+                mix += outgrowing()
             async with asyncio.timeout(60):
                 outcomes = await asyncio.gather(*(run(*entry) for entry in mix))
             for (request, _, stop_after), replies in zip(mix, outcomes, strict=True):
