@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from shardwright.observation import Observatory
 from shardwright.types import (
     GREEDY,
     NO_RULES,
@@ -232,4 +233,9 @@ class TextEngine(Protocol):
 
     def is_ready(self) -> bool:
         """Whether a real token went through the real pipeline lately."""
+        ...
+
+    @property
+    def observatory(self) -> Observatory:
+        """What can be seen of the cluster, its steps and its requests."""
         ...

@@ -19,7 +19,7 @@ Epoch: TypeAlias = int
 BlockId: TypeAlias = int
 TokenId: TypeAlias = int
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a message changes its meaning; master and workers must agree on it."""
 
 MAX_TOP_LOGPROBS = 20
@@ -395,6 +395,7 @@ class WorkerDescription:
     last_epoch: Epoch = 0  # the newest that it has heard of; a new pipeline's must be above
     shared_memory_bytes: int = 0  # what all workers on its device may use together now; 0: not told
     in_use: bool = False  # a master or another stage has a stream open to it
+    metrics_port: int = 0  # where it answers Prometheus; 0: nowhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,6 +407,58 @@ class StepTiming:
     mean_s: float
     count: int
     concurrency: int = 1  # stages of the same device that computed at the same time, as far as the master aimed at it
+
+
+class StepPhase(enum.Enum):
+    """What a stage's time goes into, step by step."""
+
+    QUEUE = "queue"  # off the link, until the compute thread takes it
+    SERIALISE = "serialise"  # on the compute thread: bytes to tensors before the layers, tensors to bytes behind them
+    COMPUTE = "compute"  # the rest of the compute thread's time for it
+    SEND = "send"  # computed, until the link or the token stream has taken it
+    WAIT = "wait"  # the compute thread had nothing to do before it
+
+
+PHASE_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds of the buckets that phases are counted in; one more bucket takes what is above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """How long one phase took at a stage, since its worker's process began."""
+
+    phase: StepPhase
+    counts: tuple[int, ...]  # steps by bucket, one more than `PHASE_BUCKETS_S` has; not summed up
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """One step's passage through one stage, in seconds on the worker's own monotonic clock."""
+
+    epoch: Epoch
+    step: StepId
+    num_sequences: int
+    num_tokens: int
+    arrived_s: float  # whole, off the link
+    started_s: float  # taken by the compute thread
+    finished_s: float  # off the compute thread
+    sent_s: float  # taken by the link to the next stage, or by the token stream
+    serialise_s: float  # of the time between started and finished
+    bytes_in: int  # of tensors, from the previous stage
+    bytes_out: int  # of tensors, to the next stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReport:
+    """The link from a stage to the next one, since it was opened."""
+
+    peer: WorkerId
+    bytes_sent: int  # of tensors
+    steps_sent: int
+    round_trip_s: float | None  # of a small message, lately; None before it was measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,7 +480,38 @@ class HeartbeatReport:
     memory_used_bytes: int  # of the machine
     memory_total_bytes: int
     process_memory_bytes: int  # resident size of the worker's process
-    timings: tuple[StepTiming, ...] = ()
+    timings: tuple[StepTiming, ...] = ()  # only for who asks for traces: they are told once
+    gpu_temperature_c: float | None = None
+    gpu_power_w: float | None = None
+    clock_received_s: float = 0.0  # the worker's monotonic clock when the question came
+    clock_sent_s: float = 0.0  # and when this answer was made
+    weight_bytes: int = 0  # of the stage that is held
+    kv_bytes: int = 0
+    traces: tuple[StepTrace, ...] = ()  # of the steps from number `traces_since` on, oldest first, those still kept
+    next_trace: int = 0  # what to ask for next time: the number of steps traced so far
+    phases: tuple[PhaseTimes, ...] = ()
+    link: LinkReport | None = None  # None on the last stage, and without a stage
+    errors: tuple[tuple[str, int], ...] = ()  # by kind (the error class's name), since the process began
+    loaded_bytes: tuple[tuple[str, int], ...] = ()  # weights by source (disk, cache, network), since the process began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineMeasures:
+    """What a worker's machine can do, measured when it was asked."""
+
+    dtype: str  # that the matrix rate was measured with
+    num_threads: int
+    read_bandwidth: float  # bytes/s of memory, streamed by all threads
+    matrix_rate: float  # operations/s
+    disk_bandwidth: float | None  # bytes/s, read past the page cache where the system can; None: could not be measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkMeasures:
+    """What the way from one process to a worker can do, measured when it was asked."""
+
+    round_trip_s: float  # of a message of a few bytes, the median
+    transfers: tuple[tuple[int, float], ...]  # (bytes, seconds there and acknowledged, the median)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
