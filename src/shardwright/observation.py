@@ -33,9 +33,7 @@ class StagePassage:
     finished_at: float
     sent_at: float
     serialise_s: float  # of the time between started and finished
-    wire_s: (
-        float  # from the sender (the master, or the previous stage) to here; not below 0, clocks being what they are
-    )
+    wire_s: float | None  # from the sender (the master, or the previous stage) to here; None before it has reported
     bytes_in: int
     bytes_out: int
 
@@ -135,7 +133,7 @@ class WorkerView:
     report: HeartbeatReport | None  # the newest one
     report_age_s: float | None
     master_round_trip_s: float | None  # of the fastest of the last heartbeats
-    wire: PhaseTimes | None  # from the sender to it, as the clocks tell; counted by the master
+    wire: Histogram | None  # of the way from the sender to it, in `PHASE_BUCKETS_S`; None before the first step
     metrics_target: str  # host:port for Prometheus; empty without
 
 
@@ -202,20 +200,32 @@ class Observatory(Protocol):
         """
         ...
 
+    def steps_changed(self, since: int = 0) -> tuple[int, tuple[StepPassage, ...]]:
+        """A cursor, and the steps that are new or more complete since the cursor `since`, oldest first.
+
+        For who follows the steps: begin with 0, which gives all that are kept, and hand the last answer's cursor in
+        again. A step comes several times: when it was sent, when it came back, when a stage was reported; replace what
+        is known of its number. Cursors count changes, not steps.
+        """
+        ...
+
     def requests(self) -> tuple[RequestTrace, ...]:
-        """Those that run or wait, and the last ones that ended, newest first."""
+        """Those that run or wait, and the last ones that ended, newest first; their `steps` are left empty."""
         ...
 
     def request(self, seq_id: SeqId) -> RequestTrace | None:
-        """One of them; None when it is not known (any more)."""
+        """One of them, with its steps; None when it is not known (any more)."""
         ...
 
     def history(self) -> tuple[HistoryPoint, ...]:
         """The last hour, oldest first, one point for each `metrics_interval_s`."""
         ...
 
-    def metrics_rows(self) -> list[dict[str, object]]:
-        """The last hour as flat rows, one for each worker and point of time; see docs/monitoring.md."""
+    def metrics_rows(self, *, since: float = 0.0) -> list[dict[str, object]]:
+        """The last hour as flat rows, one for each worker and point of time, oldest first; see docs/monitoring.md.
+
+        Rows of one point share their `timestamp`; only those with one above `since` are given.
+        """
         ...
 
 

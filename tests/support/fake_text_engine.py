@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fake_observatory import FakeObservatory
+
 from shardwright.engine import ChoiceEnd, PromptScored, ScoredToken, ServedModel, TextDelta
 from shardwright.errors import ClusterError, InvalidRequestError, PromptTooLongError, QueueFullError
 from shardwright.types import ClusterSnapshot, FinishReason, GrammarKind
@@ -70,6 +72,7 @@ class FakeTextEngine:
     num_aborted: int = 0
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     snapshot_changes: dict = field(default_factory=dict)
+    observatory: FakeObservatory = field(default_factory=FakeObservatory)
 
     @property
     def model(self):
