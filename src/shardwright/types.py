@@ -461,6 +461,10 @@ class LinkReport:
     round_trip_s: float | None  # of a small message, lately; None before it was measured
 
 
+WEIGHT_SOURCES = ("disk", "cache", "network")
+"""Where a stage's weights may come from: files of the worker's own, its tensor cache, the master."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReport:
     """A worker's state as of `timestamp` (seconds since 1970, the worker's clock)."""

@@ -8,16 +8,23 @@ from dataclasses import replace
 
 from shardwright.errors import LinkLostError, ShardwrightError
 from shardwright.types import (
+    PHASE_BUCKETS_S,
     PROTOCOL_VERSION,
     FileHint,
     HeartbeatReport,
     LayerRange,
+    LinkMeasures,
+    LinkReport,
+    MachineMeasures,
+    PhaseTimes,
     SamplingParams,
     SequenceSlice,
     StageAssignment,
     StageLoad,
     StepInput,
+    StepPhase,
     StepTiming,
+    StepTrace,
     TensorSpec,
     TokenOut,
     WorkerDescription,
@@ -53,6 +60,7 @@ DESCRIPTION = WorkerDescription(
     read_bandwidth=21.5e9,
     matrix_rate=1e11,
     num_threads=2,
+    metrics_port=9100,
 )
 REPORT = HeartbeatReport(
     timestamp=1_700_000_000.25,
@@ -71,7 +79,31 @@ REPORT = HeartbeatReport(
     memory_total_bytes=1 << 34,
     process_memory_bytes=1 << 30,
     timings=(StepTiming(num_sequences=4, num_tokens=36, mean_s=0.0125, count=9),),
+    gpu_temperature_c=61.0,
+    gpu_power_w=None,
+    clock_received_s=99.5,
+    clock_sent_s=99.75,
+    weight_bytes=5 << 30,
+    kv_bytes=1 << 20,
+    traces=tuple(
+        StepTrace(
+            epoch=3, step=step, num_sequences=2, num_tokens=9, arrived_s=float(step), started_s=step + 0.25,
+            finished_s=step + 0.5, sent_s=step + 0.5, serialise_s=0.125, bytes_in=0, bytes_out=1 << 40,
+        )
+        for step in (70, 71)
+    ),
+    next_trace=2**40,
+    phases=tuple(
+        PhaseTimes(phase=phase, counts=tuple(range(len(PHASE_BUCKETS_S) + 1)), total_s=0.5) for phase in StepPhase
+    ),
+    link=LinkReport(peer="w2", bytes_sent=1 << 40, steps_sent=71, round_trip_s=None),
+    errors=(("LinkLostError", 2), ("other", 1)),
+    loaded_bytes=(("disk", 5), ("network", 2**40)),
+)  # fmt: skip
+MACHINE = MachineMeasures(
+    dtype="float16", num_threads=2, read_bandwidth=1.5e10, matrix_rate=2.5e11, disk_bandwidth=None
 )
+LINK = LinkMeasures(round_trip_s=0.00025, transfers=((0, 0.0005), (1 << 20, 0.125)))
 
 
 def make_spec(number: int, num_bytes: int = 4096) -> TensorSpec:
@@ -136,6 +168,9 @@ class FakeWorker:
         self.loads: list[StageLoad] = []
         self.weights: dict[str, bytearray] = {}
         self.released: list[int] = []
+        self.traces_since: list[int | None] = []
+        self.pings: list[tuple[bytes, int]] = []
+        self.measured: list[object] = []
         self.results: asyncio.Queue[StepResult | None] = asyncio.Queue()
         self.token_streams_closed = 0
         self.raises: BaseException | None = None
@@ -153,9 +188,25 @@ class FakeWorker:
         await self._answer_or_raise()
         return DESCRIPTION
 
-    async def heartbeat(self) -> HeartbeatReport:
+    async def heartbeat(self, traces_since: int | None = None) -> HeartbeatReport:
         await self._answer_or_raise()
+        self.traces_since.append(traces_since)
         return REPORT
+
+    async def ping(self, data: bytes, reply_bytes: int) -> bytes:
+        await self._answer_or_raise()
+        self.pings.append((data, reply_bytes))
+        return bytes([reply_bytes % 251]) * reply_bytes
+
+    async def measure_machine(self, dtype: str) -> MachineMeasures:
+        await self._answer_or_raise()
+        self.measured.append(dtype)
+        return replace(MACHINE, dtype=dtype)
+
+    async def measure_link(self, address: str, sizes: tuple[int, ...]) -> LinkMeasures:
+        await self._answer_or_raise()
+        self.measured.append((address, sizes))
+        return LINK
 
     async def release(self, epoch: int) -> None:
         await self._answer_or_raise()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
-from transport_fakes import DESCRIPTION, REPORT, AnotherRoomsError, FakeWorker, make_load, make_step
+from transport_fakes import DESCRIPTION, LINK, MACHINE, REPORT, AnotherRoomsError, FakeWorker, make_load, make_step
 
 from shardwright.errors import (
     AddressInUseError,
@@ -20,6 +21,7 @@ from shardwright.errors import (
     WorkerUnreachableError,
 )
 from shardwright.types import PromptScores, TokenOut, TokenScore
+from shardwright.wire.limits import MAX_PING_BYTES, MAX_TRANSFER_SIZES
 from shardwright.wire.messages import (
     LayerResult,
     LoadBegin,
@@ -78,6 +80,61 @@ async def test_description_report_and_release_arrive_as_they_were(net):
     assert await net.client.heartbeat(timeout_s=T) == REPORT
     await net.client.release(12, timeout_s=T)
     assert net.worker.released == [12]
+
+
+async def test_who_asks_for_traces_says_from_where_on(net):
+    await net.client.heartbeat(timeout_s=T)
+    await net.client.heartbeat(timeout_s=T, traces_since=0)
+    await net.client.heartbeat(timeout_s=T, traces_since=2**63)
+    assert net.worker.traces_since == [None, 0, 2**63]
+
+
+async def test_a_ping_takes_and_brings_as_many_bytes_as_were_wished_for(net):
+    sizes = [(0, 0), (8, 3), (5 << 20, 0), (0, 5 << 20), (MAX_PING_BYTES, MAX_PING_BYTES)]
+    for there, back in sizes:
+        data = bytes([7]) * there
+        answer = await net.client.ping(data, reply_bytes=back, timeout_s=T)
+        assert answer == bytes([back % 251]) * back
+        assert net.worker.pings.pop() == (data, back)
+
+
+@pytest.mark.parametrize(("num_bytes", "reply_bytes"), [(MAX_PING_BYTES + 1, 0), (0, MAX_PING_BYTES + 1), (0, -1)])
+async def test_a_ping_that_is_too_large_is_never_sent(net, num_bytes, reply_bytes):
+    with pytest.raises(ProtocolError, match="PingRequest"):
+        await net.client.ping(bytes(num_bytes), reply_bytes=reply_bytes, timeout_s=T)
+    assert net.worker.pings == []
+
+
+async def test_an_answer_to_a_ping_has_as_many_bytes_as_were_wished_for(net):
+    async def ping(data, reply_bytes):
+        return data * (reply_bytes + 1)
+
+    net.worker.ping = ping
+    with pytest.raises(ProtocolError, match="4 bytes; 3 were asked for"):
+        await net.client.ping(b"x", reply_bytes=3, timeout_s=T)
+
+
+async def test_measurements_arrive_as_they_were(net):
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert await net.client.measure_machine(dtype, timeout_s=T) == replace(MACHINE, dtype=dtype)
+    assert await net.client.measure_link("[::1]:7", (0, 1 << 20), timeout_s=T) == LINK
+    assert net.worker.measured == ["float16", "bfloat16", "float32", ("[::1]:7", (0, 1 << 20))]
+
+
+async def test_what_can_not_be_measured_is_refused_before_it_is_sent(net):
+    with pytest.raises(ProtocolError, match=r"'int64'.*choose one of float32, bfloat16, float16"):
+        await net.client.measure_machine("int64", timeout_s=T)
+    with pytest.raises(ProtocolError, match=f"sizes: 17, and {MAX_TRANSFER_SIZES} is the most"):
+        await net.client.measure_link("127.0.0.1:1", (1,) * 17, timeout_s=T)
+    with pytest.raises(ProtocolError, match=f"must lie between 0 and {MAX_PING_BYTES}"):
+        await net.client.measure_link("127.0.0.1:1", (MAX_PING_BYTES + 1,), timeout_s=T)
+    assert net.worker.measured == []
+
+
+async def test_a_measurement_that_fails_says_why(net):
+    net.worker.raises = WorkerUnreachableError("no answer from worker at 10.0.0.7:1")
+    with pytest.raises(WorkerUnreachableError, match=r"10\.0\.0\.7:1"):
+        await net.client.measure_link("10.0.0.7:1", (1,), timeout_s=T)
 
 
 async def test_one_step_by_hand_gives_the_stages_result(net):

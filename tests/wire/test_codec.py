@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 from hypothesis import given
@@ -15,11 +16,17 @@ from shardwright.types import (
     MAX_GRAMMAR_CHARS,
     MAX_LOGIT_BIAS,
     MAX_TOP_LOGPROBS,
+    PHASE_BUCKETS_S,
+    WEIGHT_SOURCES,
     FileHint,
     Grammar,
     GrammarKind,
     HeartbeatReport,
     LayerRange,
+    LinkMeasures,
+    LinkReport,
+    MachineMeasures,
+    PhaseTimes,
     PromptScores,
     SamplingParams,
     SequenceSetup,
@@ -27,7 +34,9 @@ from shardwright.types import (
     StageAssignment,
     StageLoad,
     StepInput,
+    StepPhase,
     StepTiming,
+    StepTrace,
     TensorSpec,
     TokenOut,
     TokenRules,
@@ -35,10 +44,12 @@ from shardwright.types import (
     WorkerDescription,
 )
 from shardwright.wire import inference_pb2 as pb
-from shardwright.wire import load_codec, report_codec, result_codec, step_codec
+from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import (
     MAX_MESSAGE_BYTES,
+    MAX_PING_BYTES,
     MAX_REASON_CHARS,
+    MAX_TRACES,
     MAX_WEIGHT_CHUNK_BYTES,
     WireLimits,
 )
@@ -234,6 +245,30 @@ descriptions = st.builds(
     read_bandwidth=figure,
     matrix_rate=figure,
     num_threads=st.integers(0, 2**32 - 1),
+    metrics_port=st.integers(0, 65535),
+)
+
+
+@st.composite
+def traces(draw):
+    arrived_s, started_s, finished_s, sent_s = sorted(draw(st.lists(figure, min_size=4, max_size=4)))
+    return StepTrace(
+        epoch=draw(u64), step=draw(u64), num_sequences=draw(u31), num_tokens=draw(u31), arrived_s=arrived_s,
+        started_s=started_s, finished_s=finished_s, sent_s=sent_s, serialise_s=draw(figure), bytes_in=draw(u64),
+        bytes_out=draw(u64),
+    )  # fmt: skip
+
+
+def tuples_of(values, **bounds):
+    return st.lists(values, **bounds).map(tuple)
+
+
+num_buckets = len(PHASE_BUCKETS_S) + 1
+phases = st.builds(
+    PhaseTimes,
+    phase=st.sampled_from(StepPhase),
+    counts=tuples_of(u64, min_size=num_buckets, max_size=num_buckets),
+    total_s=figure,
 )
 reports = st.builds(
     HeartbeatReport,
@@ -255,7 +290,32 @@ reports = st.builds(
     timings=st.lists(
         st.builds(StepTiming, num_sequences=u31, num_tokens=u31, mean_s=figure, count=u64), max_size=3
     ).map(tuple),
+    gpu_temperature_c=st.none() | figure,
+    gpu_power_w=st.none() | figure,
+    clock_received_s=figure,
+    clock_sent_s=figure,
+    weight_bytes=u64,
+    kv_bytes=u64,
+    traces=tuples_of(traces(), max_size=3),
+    next_trace=u64,
+    phases=tuples_of(phases, max_size=3, unique_by=lambda times: times.phase),
+    link=st.none() | st.builds(LinkReport, peer=short, bytes_sent=u64, steps_sent=u64, round_trip_s=st.none() | figure),
+    errors=tuples_of(
+        st.tuples(st.sampled_from(["LinkLostError", "Übel", "other"]), u64), max_size=3, unique_by=itemgetter(0)
+    ),
+    loaded_bytes=tuples_of(st.tuples(st.sampled_from(WEIGHT_SOURCES), u64), max_size=3, unique_by=itemgetter(0)),
 )
+matrix_dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
+machines = st.builds(
+    MachineMeasures,
+    dtype=matrix_dtypes,
+    num_threads=u31,
+    read_bandwidth=figure,
+    matrix_rate=figure,
+    disk_bandwidth=st.none() | figure,
+)
+ping_bytes = st.integers(0, MAX_PING_BYTES)
+links = st.builds(LinkMeasures, round_trip_s=figure, transfers=tuples_of(st.tuples(u64, figure), max_size=3))
 
 
 def encode_load(message):
@@ -322,6 +382,24 @@ CODECS = {
     "load reply": (load_replies, load_codec.encode_load_reply, load_codec.decode_load_reply),
     "description": (descriptions, report_codec.encode_description, report_codec.decode_description),
     "report": (reports, report_codec.encode_report, report_codec.decode_report),
+    "heartbeat request": (
+        st.none() | u64,
+        report_codec.encode_heartbeat_request,
+        report_codec.decode_heartbeat_request,
+    ),
+    "ping": (
+        st.tuples(st.binary(max_size=9), ping_bytes),
+        lambda ping: measure_codec.encode_ping(*ping),
+        measure_codec.decode_ping,
+    ),
+    "machine request": (matrix_dtypes, measure_codec.encode_machine_request, measure_codec.decode_machine_request),
+    "machine": (machines, measure_codec.encode_machine, measure_codec.decode_machine),
+    "link request": (
+        st.tuples(short, tuples_of(ping_bytes, max_size=3)),
+        lambda request: measure_codec.encode_link_request(*request),
+        measure_codec.decode_link_request,
+    ),
+    "link": (links, measure_codec.encode_link, measure_codec.decode_link),
     "tokens request": (u64, report_codec.encode_tokens_request, report_codec.decode_tokens_request),
     "release request": (u64, report_codec.encode_release_request, report_codec.decode_release_request),
 }
@@ -650,6 +728,24 @@ def test_a_step_reply_that_says_nothing_is_refused(reply):
         step_codec.decode_step_reply(reply.SerializeToString())
 
 
+def raw_report(**fields):
+    return pb.HeartbeatReport(device="cpu", **fields)
+
+
+def raw_traces(count=1, **fields):
+    whole = dict.fromkeys(("epochs", "steps", "num_sequences", "num_tokens", "bytes_in", "bytes_out"), [1] * count)
+    times = {"arrived_s": 1.0, "started_s": 2.0, "finished_s": 3.0, "sent_s": 4.0, "serialise_s": 0.5}
+    return pb.StepTraces(**(whole | {name: [value] * count for name, value in times.items()} | fields))
+
+
+def raw_phase(**fields):
+    return pb.PhaseTimes(**({"phase": pb.STEP_PHASE_QUEUE, "counts": [1] * 17, "total_s": 1} | fields))
+
+
+def raw_machine(**fields):
+    return pb.MachineMeasures(**({"dtype": pb.DTYPE_FLOAT32} | fields))
+
+
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
@@ -658,11 +754,80 @@ def test_a_step_reply_that_says_nothing_is_refused(reply):
         (pb.HeartbeatReport(device="cpu", gpu_utilization=math.inf), "gpu_utilization is inf"),
         (pb.HeartbeatReport(), "device is empty"),
         (pb.HeartbeatReport(device="cpu", timings=[pb.StepTiming()] * 4097), "timings: 4097, and 4096 is the most"),
+        (raw_report(gpu_temperature_c=math.nan), "gpu_temperature_c is nan"),
+        (raw_report(gpu_power_w=-1), "gpu_power_w is -1"),
+        (raw_report(clock_sent_s=math.inf), "clock_sent_s is inf"),
+        (raw_report(traces=raw_traces(MAX_TRACES + 1)), "traces: 4097, and 4096 is the most"),
+        (raw_report(traces=pb.StepTraces(steps=[1, 2], epochs=[1])), "StepTraces.epochs: 1 values for 2 steps"),
+        (raw_report(traces=pb.StepTraces(bytes_out=[1])), "StepTraces.bytes_out: 1 values for 0 steps"),
+        (raw_report(traces=raw_traces(started_s=[9.0])), "step 1 arrived at 1.0, started at 9.0, finished at 3.0"),
+        (raw_report(traces=raw_traces(finished_s=[math.nan])), "finished at nan"),
+        (raw_report(traces=raw_traces(sent_s=[math.inf])), "sent at inf; these must be finite"),
+        (raw_report(traces=raw_traces(arrived_s=[-1.0])), "arrived at -1.0"),
+        (raw_report(traces=raw_traces(serialise_s=[-1.0])), "serialise_s is -1"),
+        (raw_report(phases=[raw_phase()] * 2), "phase 1 comes twice"),
+        (raw_report(phases=[raw_phase()] * 6), "phases: 6, and 5 is the most"),
+        (raw_report(phases=[raw_phase(phase=0)]), "PhaseTimes.phase is 0; known: 1, 2"),
+        (raw_report(phases=[raw_phase(phase=77)]), "PhaseTimes.phase is 77"),
+        (raw_report(phases=[raw_phase(counts=[1] * 16)]), "counts: 16 buckets; there are 17"),
+        (raw_report(phases=[raw_phase(total_s=-0.5)]), "total_s is -0.5"),
+        (raw_report(link=pb.LinkReport()), "LinkReport.peer is empty"),
+        (raw_report(link=pb.LinkReport(peer="w", round_trip_s=-1)), "round_trip_s is -1"),
+        (raw_report(errors=[pb.NamedCount(name="A")] * 2), "errors: name 'A' comes twice"),
+        (raw_report(errors=[pb.NamedCount(name=f"A{n}") for n in range(65)]), "errors: 65, and 64 is the most"),
+        (raw_report(errors=[pb.NamedCount(name="a sentence")]), "'a sentence'; it must be the name of a class"),
+        (raw_report(errors=[pb.NamedCount()]), "errors: name is empty"),
+        (raw_report(loaded_bytes=[pb.NamedCount(name="tape")]), "'tape'; known: disk, cache, network"),
     ],
 )
 def test_a_report_out_of_range_is_refused(message, complaint):
     with pytest.raises(ProtocolError, match=complaint):
         report_codec.decode_report(message.SerializeToString())
+
+
+def test_a_report_with_as_many_traces_as_there_may_be_is_far_from_a_messages_limit():
+    largest = StepTrace(
+        epoch=2**63, step=2**63, num_sequences=2**32 - 1, num_tokens=2**32 - 1, arrived_s=1.5, started_s=2.5,
+        finished_s=3.5, sent_s=4.5, serialise_s=0.5, bytes_in=2**63, bytes_out=2**63,
+    )  # fmt: skip
+    report = HeartbeatReport(
+        timestamp=0, epoch=1, queue_depth=0, steps_done=0, busy_s=0, uptime_s=0, device="cpu", device_name="",
+        gpu_utilization=None, gpu_memory_used_bytes=None, gpu_memory_total_bytes=None, cpu_utilization=0,
+        memory_used_bytes=0, memory_total_bytes=0, process_memory_bytes=0, traces=(largest,) * MAX_TRACES,
+    )  # fmt: skip
+    raw = report_codec.encode_report(report)
+    assert len(raw) < MAX_MESSAGE_BYTES // 8
+    assert report_codec.decode_report(raw) == report
+
+
+@pytest.mark.parametrize(
+    ("decode", "message", "complaint"),
+    [
+        (measure_codec.decode_ping, pb.PingRequest(reply_bytes=MAX_PING_BYTES + 1), "reply_bytes is 16777217"),
+        (measure_codec.decode_ping, pb.PingRequest(data=bytes(MAX_PING_BYTES + 1)), "data in bytes: 16777217"),
+        (measure_codec.decode_machine_request, pb.MeasureMachineRequest(), "dtype is 0; it must be one of float32"),
+        (measure_codec.decode_machine_request, pb.MeasureMachineRequest(dtype=pb.DTYPE_INT64), "dtype is int64"),
+        (measure_codec.decode_machine, raw_machine(dtype=pb.DTYPE_INT32), "dtype is int32"),
+        (measure_codec.decode_machine, raw_machine(read_bandwidth=-1), "read_bandwidth is -1"),
+        (measure_codec.decode_machine, raw_machine(matrix_rate=math.inf), "matrix_rate is inf"),
+        (measure_codec.decode_machine, raw_machine(disk_bandwidth=math.nan), "disk_bandwidth is nan"),
+        (measure_codec.decode_link_request, pb.MeasureLinkRequest(), "address is empty"),
+        (measure_codec.decode_link_request, pb.MeasureLinkRequest(address="a:1", sizes=[2**40]), "size is 1099511"),
+        (measure_codec.decode_link_request, pb.MeasureLinkRequest(address="a:1", sizes=[1] * 17), "sizes: 17"),
+        (measure_codec.decode_link, pb.LinkMeasures(round_trip_s=-1), "round_trip_s is -1"),
+        (measure_codec.decode_link, pb.LinkMeasures(transfers=[pb.Transfer(seconds=-1)]), "seconds is -1"),
+        (measure_codec.decode_link, pb.LinkMeasures(transfers=[pb.Transfer()] * 17), "transfers: 17"),
+    ],
+)
+def test_a_ping_or_measurement_out_of_range_is_refused(decode, message, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        decode(message.SerializeToString())
+
+
+def test_a_metrics_port_that_is_none_is_refused():
+    message = pb.WorkerDescription(device="cpu", metrics_port=65536)
+    with pytest.raises(ProtocolError, match="metrics_port is 65536"):
+        report_codec.decode_description(message.SerializeToString())
 
 
 def raw_result(**fields):

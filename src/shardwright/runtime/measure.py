@@ -1,6 +1,7 @@
-"""What a worker's machine is and how fast it is: device, memory, host, and two short measurements.
+"""What a worker's machine is and how fast it is: device, memory, host, and a few short measurements.
 
-Everything here is asked of the machine itself, once at a worker's start, and takes under a second together.
+Everything here is asked of the machine itself: at a worker's start, which takes under a second together, and when
+somebody wants to know what the machine can do now.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import platform
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Speed:
     """What a device measured of itself."""
 
     read_bandwidth: float  # bytes/s
-    matrix_rate: float  # operations/s in bfloat16
+    matrix_rate: float  # operations/s in the dtype that was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +210,10 @@ def host_id() -> str:
 # --- speed -------------------------------------------------------------------------------------------
 
 
-def measure_speed(device: torch.device, *, num_threads: int) -> Speed:
+def measure_speed(device: torch.device, *, num_threads: int, dtype: str = "bfloat16") -> Speed:
     """Measure the device's read bandwidth and its matrix rate; under a second, and its memory is free afterwards.
+
+    `dtype` is of the matrices: float32, bfloat16 or float16.
 
     Both are the best of a few tries: what else runs on the machine can make a try slower, never faster. Leaves the
     calling thread's number of torch threads as it was.
@@ -221,12 +225,12 @@ def measure_speed(device: torch.device, *, num_threads: int) -> Speed:
         with torch.inference_mode():
             # One thread first, to learn what size fits the time: several on a busy machine wait for each other.
             torch.set_num_threads(1)
-            rate = _matrix_rate(device, 256)
+            rate = _matrix_rate(device, 256, dtype)
             torch.set_num_threads(num_threads)
             for size in (1024, 4096):
                 if 2 * size**3 / rate > (0.4 if size == 1024 else 0.05):
                     break
-                rate = max(rate, _matrix_rate(device, size))
+                rate = max(rate, _matrix_rate(device, size, dtype))
             return Speed(read_bandwidth=_read_bandwidth(device), matrix_rate=rate)
     finally:
         torch.set_num_threads(before)
@@ -247,12 +251,13 @@ def _read_bandwidth(device: torch.device) -> float:
     return num_bytes / best
 
 
-def _matrix_rate(device: torch.device, size: int) -> float:
-    """Operations/s of a square bfloat16 product."""
+def _matrix_rate(device: torch.device, size: int, dtype: str) -> float:
+    """Operations/s of a square product."""
     import torch
 
-    left = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    right = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    left = torch.ones(size, size, dtype=kind, device=device)
+    right = torch.ones(size, size, dtype=kind, device=device)
     return 2 * size**3 / _best_time(device, functools.partial(torch.matmul, left, right), tries=8, limit_s=0.08)
 
 
@@ -260,19 +265,19 @@ def _best_time(device: torch.device, work: Callable[[], object], *, tries: int, 
     """Seconds of the fastest of some tries after one to warm up; stops trying after the limit."""
     begin = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     best = time.perf_counter() - begin
     for _ in range(tries):
         start = time.perf_counter()
         if start - begin > limit_s:
             break
         work()
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
     return max(best, 1e-9)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     import torch
 
@@ -280,3 +285,65 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+# --- the disk ----------------------------------------------------------------------------------------
+
+DISK_FILE_BYTES = 64 * _MIB
+"""Written and read again to measure a disk; a disk without ten times the room is left alone."""
+
+_DISK_CHUNK_BYTES = 4 * _MIB
+_DISK_LIMIT_S = 2.0
+
+
+def measure_disk(folder: Path) -> float | None:
+    """Bytes/s that a new file in the folder is read with, past the page cache; None where that can't be measured.
+
+    None where the system has no way to drop the file from the cache, where it is there all the same (a file system in
+    memory), and where the disk is nearly full or can't be written. Takes as long as the disk does to write and read
+    64 MiB, reading at most two seconds. Blocks; the file has no name and is gone whatever happens.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        space = os.statvfs(folder)
+        if space.f_bavail * space.f_frsize < 10 * DISK_FILE_BYTES:
+            return None
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as stream:
+            block = os.urandom(_MIB)  # a file system that compresses has nothing to gain from it
+            for _ in range(DISK_FILE_BYTES // _MIB):
+                stream.write(block)
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if _cached_part(stream.fileno()) > 0.25:
+                return None
+            return _disk_bandwidth(stream.fileno())
+    except OSError:
+        return None
+
+
+def _disk_bandwidth(file: int) -> float:
+    buffer = bytearray(_DISK_CHUNK_BYTES)
+    done = 0
+    begin = time.perf_counter()
+    while done < DISK_FILE_BYTES and time.perf_counter() - begin < _DISK_LIMIT_S:
+        done += os.preadv(file, [buffer], done)
+    return done / max(time.perf_counter() - begin, 1e-9)
+
+
+def _cached_part(file: int) -> float:
+    """Which part of the file the page cache has; 0 where the system does not tell."""
+    flag = getattr(os, "RWF_NOWAIT", None)
+    if flag is None:
+        return 0.0
+    offsets = range(0, DISK_FILE_BYTES, 2 * _MIB)
+    return sum(_is_cached(file, offset, flag) for offset in offsets) / len(offsets)
+
+
+def _is_cached(file: int, offset: int, flag: int) -> bool:
+    """A read that may not wait brings what lies in the cache, and nothing else."""
+    try:
+        return os.preadv(file, [bytearray(1)], offset, flag) == 1
+    except OSError:  # it would have to wait; or the file system knows no such reads
+        return False

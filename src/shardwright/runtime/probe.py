@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwright import __version__
 from shardwright.runtime.measure import (
+    Speed,
     device_memory,
     device_name,
     host_id,
+    measure_disk,
     measure_speed,
     offered_bytes,
     resolve_device,
@@ -30,11 +33,15 @@ class Machine:
     Making one takes up to a second: the device is measured. Raises `ConfigError` for a device that isn't there.
     """
 
-    def __init__(self, *, device: str, threads: int, memory_bytes: int) -> None:
-        """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free."""
+    def __init__(self, *, device: str, threads: int, memory_bytes: int, cache_dir: Path | None = None) -> None:
+        """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free.
+
+        The disk that holds `cache_dir` is measured when that is asked for; None: no disk is.
+        """
         self.device = resolve_device(device)
         self.num_threads = threads or usable_cores()
         self._memory_bytes = memory_bytes
+        self._cache_dir = cache_dir
         self._device_name = device_name(self.device)
         self._speed = measure_speed(self.device, num_threads=self.num_threads)
         self._monitor = MachineMonitor(
@@ -88,6 +95,14 @@ class Machine:
             uptime_s=uptime_s,
             timings=timings,
         )
+
+    def measure_speed(self, dtype: str) -> Speed:
+        """Read bandwidth, and matrix rate at the dtype, now. Blocks for a second; call it where stages compute."""
+        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype)
+
+    def measure_disk(self) -> float | None:
+        """Bytes/s that weights in the tensor cache can be read with; None where that can't be measured. Blocks."""
+        return measure_disk(self._cache_dir) if self._cache_dir is not None else None
 
 
 def gpu_address(device: torch.device) -> GpuAddress:

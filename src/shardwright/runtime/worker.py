@@ -46,12 +46,15 @@ from shardwright.errors import (
     ShardwrightError,
     StaleEpochError,
 )
+from shardwright.runtime.links import measure_link
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
 from shardwright.types import (
     VOCABULARY_TENSOR,
     Epoch,
     HeartbeatReport,
+    LinkMeasures,
+    MachineMeasures,
     PromptScores,
     StageLoad,
     StepId,
@@ -77,6 +80,7 @@ from shardwright.wire.messages import (
 
 if TYPE_CHECKING:
     from shardwright.model.stage import Stage
+    from shardwright.runtime.measure import Speed
     from shardwright.runtime.weight_receiver import ReceivedTensors
     from shardwright.transport.base import Transport, WorkerClient
 
@@ -128,6 +132,14 @@ class MachineProbe(Protocol):
         timings: tuple[StepTiming, ...],
     ) -> HeartbeatReport:
         """The machine's state now, with the stage's counters filled in."""
+        ...
+
+    def measure_speed(self, dtype: str) -> Speed:
+        """Measure memory and matrix rate. Called on the compute thread."""
+        ...
+
+    def measure_disk(self) -> float | None:
+        """Measure the disk of the tensor cache; None where that can't be done."""
         ...
 
 
@@ -237,6 +249,7 @@ class WorkerShell:
         self._compute = compute
         self._stop_build = threading.Event()  # of the load that goes on now, if one does
         self._tasks: set[asyncio.Task[None]] = set()
+        self._measuring = asyncio.Lock()
         self._closed = False
 
     # --- service -----------------------------------------------------------------------------------
@@ -248,8 +261,9 @@ class WorkerShell:
         about = await asyncio.to_thread(self._probe.describe, stage_bytes=stage_bytes)
         return replace(about, last_epoch=self._state.last_epoch, in_use=self._open_links > 0)
 
-    async def heartbeat(self) -> HeartbeatReport:
+    async def heartbeat(self, traces_since: int | None = None) -> HeartbeatReport:
         """The worker's state now; the machine is asked off the event loop, since NVML may be slow."""
+        del traces_since
         held = self._held
         counters = held.clock.take() if held else None
         return await asyncio.to_thread(
@@ -268,6 +282,36 @@ class WorkerShell:
             interrupted, self._interrupted = self._interrupted, None
             self._handle(LoadFailed(epoch=interrupted, reason="the master gave it up"))
         self._handle(Released(epoch=epoch))
+
+    async def ping(self, data: bytes, reply_bytes: int) -> bytes:  # noqa: ARG002  only its way here matters
+        """So many bytes, from the event loop at once."""
+        return bytes(reply_bytes)
+
+    async def measure_machine(self, dtype: str) -> MachineMeasures:
+        """Memory and matrices are measured where stages compute, between two steps; the disk beside them.
+
+        Nothing is refused while a pipeline runs: its steps wait for about a second.
+        """
+        async with self._measuring:  # two at once would measure each other
+            loop = asyncio.get_running_loop()
+            speed = await loop.run_in_executor(self._compute, self._probe.measure_speed, dtype)
+            disk_bandwidth = await asyncio.to_thread(self._probe.measure_disk)
+        return MachineMeasures(
+            dtype=dtype,
+            num_threads=self._num_threads,
+            read_bandwidth=speed.read_bandwidth,
+            matrix_rate=speed.matrix_rate,
+            disk_bandwidth=disk_bandwidth,
+        )
+
+    async def measure_link(self, address: str, sizes: tuple[int, ...]) -> LinkMeasures:
+        """Time pings to another worker over a connection of their own, which shares the network with steps."""
+        client = self._transport.connect(address)
+        try:
+            async with self._measuring:
+                return await measure_link(client, sizes)
+        finally:
+            await client.close()
 
     async def initialize_worker(self, incoming: AsyncIterator[LoadMessage]) -> AsyncIterator[LoadReply]:
         """Take a stage: collect its tensors, build it, say how it went."""

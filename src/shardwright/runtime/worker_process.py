@@ -31,7 +31,12 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
     try:
         machine = await asyncio.get_running_loop().run_in_executor(
             compute,
-            lambda: Machine(device=config.device, threads=config.threads, memory_bytes=config.memory_bytes),
+            lambda: Machine(
+                device=config.device,
+                threads=config.threads,
+                memory_bytes=config.memory_bytes,
+                cache_dir=config.cache_dir,
+            ),
         )
     except BaseException:
         compute.shutdown(wait=False)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from shardwright.types import Epoch, HeartbeatReport, WorkerDescription
+from shardwright.types import Epoch, HeartbeatReport, LinkMeasures, MachineMeasures, WorkerDescription
 from shardwright.wire.messages import LayerResult, LoadMessage, LoadReply, StepMessage, StepReply, StepResult
 
 
@@ -47,12 +47,34 @@ class WorkerService(Protocol):
         """The results of the last stage, in step order, until the epoch ends."""
         ...
 
-    async def heartbeat(self) -> HeartbeatReport:
-        """The worker's state now; answers while the stage computes."""
+    async def heartbeat(self, traces_since: int | None = None) -> HeartbeatReport:
+        """The worker's state now; answers while the stage computes.
+
+        With traces of the steps from number `traces_since` on, and the timings since they were told last; None: with
+        neither, and the timings stay for who asks for them.
+        """
         ...
 
     async def release(self, epoch: Epoch) -> None:
         """Drop the stage of this epoch, if it is still held."""
+        ...
+
+    async def ping(self, data: bytes, reply_bytes: int) -> bytes:
+        """So many bytes, at once: whoever asks times the way of `data` and of these."""
+        ...
+
+    async def measure_machine(self, dtype: str) -> MachineMeasures:
+        """Measure the machine, its matrix rate at float32, bfloat16 or float16.
+
+        In turn with the pipeline's steps, which wait for it: a second or two.
+        """
+        ...
+
+    async def measure_link(self, address: str, sizes: tuple[int, ...]) -> LinkMeasures:
+        """Measure the way from this worker to the one at `address`, with transfers of these sizes in bytes.
+
+        Steps on the same way share it meanwhile. Raises what a client of that worker raises.
+        """
         ...
 
 
@@ -84,12 +106,28 @@ class WorkerClient(Protocol):
         """Follow the last stage's results."""
         ...
 
-    async def heartbeat(self, *, timeout_s: float) -> HeartbeatReport:
-        """Ask for the worker's state."""
+    async def heartbeat(self, *, timeout_s: float, traces_since: int | None = None) -> HeartbeatReport:
+        """Ask for the worker's state; with traces from number `traces_since` on, and the timings since they were told.
+
+        None: without both, and nothing is taken away from who asks for them. At most `MAX_TRACES` come at once; the
+        report's `next_trace` is what to ask for next.
+        """
         ...
 
     async def release(self, epoch: Epoch, *, timeout_s: float) -> None:
         """Have the stage of this epoch dropped."""
+        ...
+
+    async def ping(self, data: bytes, *, reply_bytes: int, timeout_s: float) -> bytes:
+        """Send `data` and get so many bytes back. Raises `ProtocolError` for more than `MAX_PING_BYTES` either way."""
+        ...
+
+    async def measure_machine(self, dtype: str, *, timeout_s: float) -> MachineMeasures:
+        """Have the worker's machine measured, in turn with its steps; the matrix rate at this dtype."""
+        ...
+
+    async def measure_link(self, address: str, sizes: tuple[int, ...], *, timeout_s: float) -> LinkMeasures:
+        """Have the way from this worker to the one at `address` measured, with transfers of these sizes in bytes."""
         ...
 
     async def close(self) -> None:

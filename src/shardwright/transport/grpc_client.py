@@ -12,8 +12,8 @@ from shardwright.errors import FrameError, LinkLostError, ShardwrightError, Vers
 from shardwright.transport import carried_errors, grpc_options
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, method_path
 from shardwright.transport.streams import failure_of, send_all, stop
-from shardwright.types import Epoch, HeartbeatReport, WorkerDescription
-from shardwright.wire import load_codec, report_codec, result_codec, step_codec
+from shardwright.types import Epoch, HeartbeatReport, LinkMeasures, MachineMeasures, WorkerDescription
+from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
 from shardwright.wire.messages import LayerResult, LoadMessage, LoadReply, StepMessage, StepReply, StepResult
 
@@ -41,13 +41,29 @@ class GrpcClient:
         """Ask who the worker is."""
         return report_codec.decode_description(await self._ask("Describe", report_codec.EMPTY, timeout_s))
 
-    async def heartbeat(self, *, timeout_s: float) -> HeartbeatReport:
-        """Ask for the worker's state."""
-        return report_codec.decode_report(await self._ask("Heartbeat", report_codec.EMPTY, timeout_s))
+    async def heartbeat(self, *, timeout_s: float, traces_since: int | None = None) -> HeartbeatReport:
+        """Ask for the worker's state; with traces and timings if `traces_since` is a number."""
+        request = report_codec.encode_heartbeat_request(traces_since)
+        return report_codec.decode_report(await self._ask("Heartbeat", request, timeout_s))
 
     async def release(self, epoch: Epoch, *, timeout_s: float) -> None:
         """Have the stage of this epoch dropped."""
         await self._ask("Release", report_codec.encode_release_request(epoch), timeout_s)
+
+    async def ping(self, data: bytes, *, reply_bytes: int, timeout_s: float) -> bytes:
+        """Send `data` and get so many bytes back."""
+        raw = await self._ask("Ping", measure_codec.encode_ping(data, reply_bytes), timeout_s)
+        return measure_codec.decode_ping_reply(raw, reply_bytes)
+
+    async def measure_machine(self, dtype: str, *, timeout_s: float) -> MachineMeasures:
+        """Have the worker's machine measured."""
+        raw = await self._ask("MeasureMachine", measure_codec.encode_machine_request(dtype), timeout_s)
+        return measure_codec.decode_machine(raw)
+
+    async def measure_link(self, address: str, sizes: tuple[int, ...], *, timeout_s: float) -> LinkMeasures:
+        """Have the way from this worker to another one measured."""
+        raw = await self._ask("MeasureLink", measure_codec.encode_link_request(address, sizes), timeout_s)
+        return measure_codec.decode_link(raw)
 
     async def process_layer(self, message: StepMessage, *, timeout_s: float) -> LayerResult:
         """Have one step computed by hand."""

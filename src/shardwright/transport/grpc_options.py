@@ -30,10 +30,10 @@ def target(address: str) -> str:
 
 
 def channel_options(limits: WireLimits) -> list[tuple[str, int]]:
-    """For a client. Large messages are for the unary `ProcessLayer` alone: streams cut theirs into parts."""
+    """For a client. Large messages are for the unary `ProcessLayer` and `Ping`: streams cut theirs into parts."""
     return [
-        ("grpc.max_send_message_length", limits.max_unary_bytes),
-        ("grpc.max_receive_message_length", limits.max_unary_bytes),
+        ("grpc.max_send_message_length", limits.max_received_bytes),
+        ("grpc.max_receive_message_length", limits.max_received_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),  # 60 s otherwise, whatever the line above says
@@ -51,8 +51,8 @@ def channel_options(limits: WireLimits) -> list[tuple[str, int]]:
 def server_options(limits: WireLimits) -> list[tuple[str, int]]:
     """For a worker."""
     return [
-        ("grpc.max_send_message_length", limits.max_unary_bytes),
-        ("grpc.max_receive_message_length", limits.max_unary_bytes),
+        ("grpc.max_send_message_length", limits.max_received_bytes),
+        ("grpc.max_receive_message_length", limits.max_received_bytes),
         ("grpc.so_reuseport", 0),  # with it, two workers would share a port without a word
         ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),

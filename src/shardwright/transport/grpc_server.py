@@ -25,7 +25,7 @@ from shardwright.transport.base import WorkerService
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, SERVICE_NAME
 from shardwright.transport.streams import Incoming, closing, whole
 from shardwright.types import PROTOCOL_VERSION
-from shardwright.wire import load_codec, report_codec, result_codec, step_codec
+from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
 from shardwright.wire.messages import LoadMessage, StepMessage
 
@@ -55,6 +55,9 @@ class _Handlers:
                 "Tokens": grpc.unary_stream_rpc_method_handler(self._tokens),
                 "Heartbeat": one(self._unary(self._heartbeat)),
                 "Release": one(self._unary(self._release)),
+                "Ping": one(self._unary(self._ping)),
+                "MeasureMachine": one(self._unary(self._measure_machine)),
+                "MeasureLink": one(self._unary(self._measure_link)),
             },
         )
 
@@ -66,12 +69,24 @@ class _Handlers:
     async def _describe(self, _request: bytes) -> bytes:
         return report_codec.encode_description(await self._service.describe())
 
-    async def _heartbeat(self, _request: bytes) -> bytes:
-        return report_codec.encode_report(await self._service.heartbeat())
+    async def _heartbeat(self, request: bytes) -> bytes:
+        traces_since = report_codec.decode_heartbeat_request(request)
+        return report_codec.encode_report(await self._service.heartbeat(traces_since))
 
     async def _release(self, request: bytes) -> bytes:
         await self._service.release(report_codec.decode_release_request(request))
         return report_codec.EMPTY
+
+    async def _ping(self, request: bytes) -> bytes:
+        return measure_codec.encode_ping_reply(await self._service.ping(*measure_codec.decode_ping(request)))
+
+    async def _measure_machine(self, request: bytes) -> bytes:
+        dtype = measure_codec.decode_machine_request(request)
+        return measure_codec.encode_machine(await self._service.measure_machine(dtype))
+
+    async def _measure_link(self, request: bytes) -> bytes:
+        address, sizes = measure_codec.decode_link_request(request)
+        return measure_codec.encode_link(await self._service.measure_link(address, sizes))
 
     async def _process_layer(self, request: bytes) -> bytes:
         result = await self._service.process_layer(step_codec.decode_step(request, self._limits))

@@ -30,6 +30,15 @@ class LoadPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOAD_PHASE_RECEIVE: _ClassVar[LoadPhase]
     LOAD_PHASE_BUILD: _ClassVar[LoadPhase]
     LOAD_PHASE_WARM_UP: _ClassVar[LoadPhase]
+
+class StepPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_PHASE_UNSPECIFIED: _ClassVar[StepPhase]
+    STEP_PHASE_QUEUE: _ClassVar[StepPhase]
+    STEP_PHASE_SERIALISE: _ClassVar[StepPhase]
+    STEP_PHASE_COMPUTE: _ClassVar[StepPhase]
+    STEP_PHASE_SEND: _ClassVar[StepPhase]
+    STEP_PHASE_WAIT: _ClassVar[StepPhase]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
@@ -45,6 +54,12 @@ LOAD_PHASE_UNSPECIFIED: LoadPhase
 LOAD_PHASE_RECEIVE: LoadPhase
 LOAD_PHASE_BUILD: LoadPhase
 LOAD_PHASE_WARM_UP: LoadPhase
+STEP_PHASE_UNSPECIFIED: StepPhase
+STEP_PHASE_QUEUE: StepPhase
+STEP_PHASE_SERIALISE: StepPhase
+STEP_PHASE_COMPUTE: StepPhase
+STEP_PHASE_SEND: StepPhase
+STEP_PHASE_WAIT: StepPhase
 
 class TensorFrame(_message.Message):
     __slots__ = ("magic", "version", "dtype", "shape", "length", "name", "data")
@@ -455,7 +470,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use")
+    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use", "metrics_port")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -472,6 +487,7 @@ class WorkerDescription(_message.Message):
     LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     IN_USE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_PORT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     torch_version: str
@@ -488,11 +504,14 @@ class WorkerDescription(_message.Message):
     last_epoch: int
     shared_memory_bytes: int
     in_use: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ...) -> None: ...
+    metrics_port: int
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ..., metrics_port: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("traces_since",)
+    TRACES_SINCE_FIELD_NUMBER: _ClassVar[int]
+    traces_since: int
+    def __init__(self, traces_since: _Optional[int] = ...) -> None: ...
 
 class StepTiming(_message.Message):
     __slots__ = ("num_sequences", "num_tokens", "mean_s", "count", "concurrency")
@@ -508,8 +527,64 @@ class StepTiming(_message.Message):
     concurrency: int
     def __init__(self, num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., mean_s: _Optional[float] = ..., count: _Optional[int] = ..., concurrency: _Optional[int] = ...) -> None: ...
 
+class PhaseTimes(_message.Message):
+    __slots__ = ("phase", "counts", "total_s")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    phase: StepPhase
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    total_s: float
+    def __init__(self, phase: _Optional[_Union[StepPhase, str]] = ..., counts: _Optional[_Iterable[int]] = ..., total_s: _Optional[float] = ...) -> None: ...
+
+class StepTraces(_message.Message):
+    __slots__ = ("epochs", "steps", "num_sequences", "num_tokens", "arrived_s", "started_s", "finished_s", "sent_s", "serialise_s", "bytes_in", "bytes_out")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_S_FIELD_NUMBER: _ClassVar[int]
+    STARTED_S_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_S_FIELD_NUMBER: _ClassVar[int]
+    SENT_S_FIELD_NUMBER: _ClassVar[int]
+    SERIALISE_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    epochs: _containers.RepeatedScalarFieldContainer[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    num_sequences: _containers.RepeatedScalarFieldContainer[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    arrived_s: _containers.RepeatedScalarFieldContainer[float]
+    started_s: _containers.RepeatedScalarFieldContainer[float]
+    finished_s: _containers.RepeatedScalarFieldContainer[float]
+    sent_s: _containers.RepeatedScalarFieldContainer[float]
+    serialise_s: _containers.RepeatedScalarFieldContainer[float]
+    bytes_in: _containers.RepeatedScalarFieldContainer[int]
+    bytes_out: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epochs: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ..., num_sequences: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., arrived_s: _Optional[_Iterable[float]] = ..., started_s: _Optional[_Iterable[float]] = ..., finished_s: _Optional[_Iterable[float]] = ..., sent_s: _Optional[_Iterable[float]] = ..., serialise_s: _Optional[_Iterable[float]] = ..., bytes_in: _Optional[_Iterable[int]] = ..., bytes_out: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("peer", "bytes_sent", "steps_sent", "round_trip_s")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_SENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    bytes_sent: int
+    steps_sent: int
+    round_trip_s: float
+    def __init__(self, peer: _Optional[str] = ..., bytes_sent: _Optional[int] = ..., steps_sent: _Optional[int] = ..., round_trip_s: _Optional[float] = ...) -> None: ...
+
+class NamedCount(_message.Message):
+    __slots__ = ("name", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    count: int
+    def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
 class HeartbeatReport(_message.Message):
-    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings")
+    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings", "gpu_temperature_c", "gpu_power_w", "clock_received_s", "clock_sent_s", "weight_bytes", "kv_bytes", "traces", "next_trace", "phases", "link", "errors", "loaded_bytes")
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
@@ -526,6 +601,18 @@ class HeartbeatReport(_message.Message):
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    GPU_TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
+    GPU_POWER_W_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_RECEIVED_S_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_SENT_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRACES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TRACE_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     timestamp: float
     epoch: int
     queue_depth: int
@@ -542,7 +629,19 @@ class HeartbeatReport(_message.Message):
     memory_total_bytes: int
     process_memory_bytes: int
     timings: _containers.RepeatedCompositeFieldContainer[StepTiming]
-    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ...) -> None: ...
+    gpu_temperature_c: float
+    gpu_power_w: float
+    clock_received_s: float
+    clock_sent_s: float
+    weight_bytes: int
+    kv_bytes: int
+    traces: StepTraces
+    next_trace: int
+    phases: _containers.RepeatedCompositeFieldContainer[PhaseTimes]
+    link: LinkReport
+    errors: _containers.RepeatedCompositeFieldContainer[NamedCount]
+    loaded_bytes: _containers.RepeatedCompositeFieldContainer[NamedCount]
+    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ..., clock_received_s: _Optional[float] = ..., clock_sent_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., traces: _Optional[_Union[StepTraces, _Mapping]] = ..., next_trace: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTimes, _Mapping]]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., loaded_bytes: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("epoch",)
@@ -553,3 +652,61 @@ class ReleaseRequest(_message.Message):
 class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ("data", "reply_bytes")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    reply_bytes: int
+    def __init__(self, data: _Optional[bytes] = ..., reply_bytes: _Optional[int] = ...) -> None: ...
+
+class PingReply(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class MeasureMachineRequest(_message.Message):
+    __slots__ = ("dtype",)
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class MachineMeasures(_message.Message):
+    __slots__ = ("dtype", "num_threads", "read_bandwidth", "matrix_rate", "disk_bandwidth")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    READ_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    MATRIX_RATE_FIELD_NUMBER: _ClassVar[int]
+    DISK_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    num_threads: int
+    read_bandwidth: float
+    matrix_rate: float
+    disk_bandwidth: float
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., num_threads: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., disk_bandwidth: _Optional[float] = ...) -> None: ...
+
+class MeasureLinkRequest(_message.Message):
+    __slots__ = ("address", "sizes")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, address: _Optional[str] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Transfer(_message.Message):
+    __slots__ = ("num_bytes", "seconds")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    seconds: float
+    def __init__(self, num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class LinkMeasures(_message.Message):
+    __slots__ = ("round_trip_s", "transfers")
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    round_trip_s: float
+    transfers: _containers.RepeatedCompositeFieldContainer[Transfer]
+    def __init__(self, round_trip_s: _Optional[float] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ...) -> None: ...

@@ -58,6 +58,14 @@ MAX_REASON_CHARS: Final = 8192
 """Longest explanation; a sender cuts what is longer."""
 MAX_TIMINGS: Final = 4096
 """Most step shapes in one heartbeat report."""
+MAX_TRACES: Final = 4096
+"""Most steps that one heartbeat report tells the passage of: under half a MiB."""
+MAX_NAMED_COUNTS: Final = 64
+"""Most kinds of errors in one heartbeat report."""
+MAX_PING_BYTES: Final = 16 * MIB
+"""Most data that a ping carries, each way: a prompt's activation of some thousand tokens."""
+MAX_TRANSFER_SIZES: Final = 16
+"""Most sizes that one `MeasureLink` times."""
 
 DEFAULT_MAX_FRAME_BYTES: Final = 256 * MIB
 """Most tensor bytes of one step, unless configured (`max_frame_bytes`)."""
@@ -73,3 +81,8 @@ class WireLimits:
     def max_unary_bytes(self) -> int:
         """Largest message of the unary `ProcessLayer`, which is not cut into parts."""
         return self.max_frame_bytes + MAX_MESSAGE_BYTES
+
+    @property
+    def max_received_bytes(self) -> int:
+        """Largest message of all."""
+        return max(self.max_unary_bytes, MAX_PING_BYTES + MAX_MESSAGE_BYTES)

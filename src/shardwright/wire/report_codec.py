@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardwright.types import Epoch, HeartbeatReport, StepTiming, WorkerDescription
-from shardwright.wire import checks
+from shardwright.types import WEIGHT_SOURCES, Epoch, HeartbeatReport, StepTiming, WorkerDescription
+from shardwright.wire import checks, trace_codec
 from shardwright.wire import inference_pb2 as pb
 from shardwright.wire.limits import MAX_TIMINGS
 
 EMPTY: Final = b""
-"""A message without fields: `DescribeRequest`, `HeartbeatRequest`, `ReleaseReply`."""
+"""A message without fields: `DescribeRequest`, `ReleaseReply`."""
 
 
 def encode_tokens_request(epoch: Epoch) -> bytes:
@@ -33,6 +33,17 @@ def decode_release_request(raw: bytes) -> Epoch:
     return checks.parse(pb.ReleaseRequest, raw).epoch
 
 
+def encode_heartbeat_request(traces_since: int | None) -> bytes:
+    """Ask for a worker's state; None: without traces and timings."""
+    return pb.HeartbeatRequest(traces_since=traces_since).SerializeToString()
+
+
+def decode_heartbeat_request(raw: bytes) -> int | None:
+    """The first trace that is wanted; None: no traces and no timings. Raises `ProtocolError`."""
+    source = checks.parse(pb.HeartbeatRequest, raw)
+    return source.traces_since if source.HasField("traces_since") else None
+
+
 def encode_description(description: WorkerDescription) -> bytes:
     """Who a worker is."""
     message = pb.WorkerDescription(
@@ -52,6 +63,7 @@ def encode_description(description: WorkerDescription) -> bytes:
         last_epoch=description.last_epoch,
         shared_memory_bytes=description.shared_memory_bytes,
         in_use=description.in_use,
+        metrics_port=description.metrics_port,
     )
     return checks.serialize(message)
 
@@ -78,6 +90,7 @@ def decode_description(raw: bytes) -> WorkerDescription:
         last_epoch=source.last_epoch,
         shared_memory_bytes=source.shared_memory_bytes,
         in_use=source.in_use,
+        metrics_port=checks.between("WorkerDescription.metrics_port", source.metrics_port, 0, 65535),
     )
 
 
@@ -109,6 +122,18 @@ def encode_report(report: HeartbeatReport) -> bytes:
             )
             for timing in report.timings
         ],
+        gpu_temperature_c=report.gpu_temperature_c,
+        gpu_power_w=report.gpu_power_w,
+        clock_received_s=report.clock_received_s,
+        clock_sent_s=report.clock_sent_s,
+        weight_bytes=report.weight_bytes,
+        kv_bytes=report.kv_bytes,
+        traces=trace_codec.write_traces(report.traces) if report.traces else None,
+        next_trace=report.next_trace,
+        phases=[trace_codec.write_phase(times) for times in report.phases],
+        link=trace_codec.write_link(report.link),
+        errors=trace_codec.write_counts(report.errors),
+        loaded_bytes=trace_codec.write_counts(report.loaded_bytes),
     )
     return checks.serialize(message)
 
@@ -137,6 +162,22 @@ def decode_report(raw: bytes) -> HeartbeatReport:
         memory_total_bytes=source.memory_total_bytes,
         process_memory_bytes=source.process_memory_bytes,
         timings=tuple(_read_timing(timing) for timing in source.timings),
+        gpu_temperature_c=(
+            checks.number("HeartbeatReport.gpu_temperature_c", source.gpu_temperature_c)
+            if has("gpu_temperature_c")
+            else None
+        ),
+        gpu_power_w=checks.number("HeartbeatReport.gpu_power_w", source.gpu_power_w) if has("gpu_power_w") else None,
+        clock_received_s=checks.number("HeartbeatReport.clock_received_s", source.clock_received_s),
+        clock_sent_s=checks.number("HeartbeatReport.clock_sent_s", source.clock_sent_s),
+        weight_bytes=source.weight_bytes,
+        kv_bytes=source.kv_bytes,
+        traces=trace_codec.read_traces(source.traces),
+        next_trace=source.next_trace,
+        phases=trace_codec.read_phases(source.phases),
+        link=trace_codec.read_link(source.link) if has("link") else None,
+        errors=trace_codec.read_counts("HeartbeatReport.errors", source.errors),
+        loaded_bytes=trace_codec.read_counts("HeartbeatReport.loaded_bytes", source.loaded_bytes, WEIGHT_SOURCES),
     )
 
 
