@@ -59,6 +59,8 @@ class MasterConfig:
     registry: Path = Path("workers.json")
     metrics: Path = Path("metrics.json")
     metrics_interval_s: float = 5.0
+    metrics_history_s: float = 3600.0  # how long back the history goes, in memory and in the rows beside `metrics`
+    write_history: bool = True  # whether these rows are kept in a file
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
     block_size: int = 16
     token_budget: int = 512  # most tokens that one step computes
@@ -85,8 +87,22 @@ class MasterConfig:
         for name in ("metrics_interval_s", "connect_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
+        if not 60.0 <= self.metrics_history_s <= _MAX_SECONDS:
+            raise ConfigError(
+                f"metrics_history_s is {self.metrics_history_s}; it must be between 60 and {_MAX_SECONDS:.0f} seconds"
+            )
+        if self.write_history and self.metrics_log == self.metrics:
+            raise ConfigError(
+                f"metrics is {str(self.metrics)!r}; a file of that ending is for the history beside it: "
+                "choose another name, such as metrics.json"
+            )
         if not self.probe_interval_s >= 0:
             raise ConfigError(f"probe_interval_s is {self.probe_interval_s}; it must be 0 (never) or above")
+
+    @property
+    def metrics_log(self) -> Path:
+        """Where the rows of the last hour are: beside `metrics`, with the ending for one JSON object a line."""
+        return self.metrics.parent / f"{self.metrics.stem}.jsonl"
 
 
 TOOL_STYLES = ("auto", "none", "hermes", "llama3", "gemma3", "functiongemma", "gemma4")
@@ -99,13 +115,14 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     api_key_file: Path | None = None  # None: everybody may use the API
-    open_metrics: bool = False  # whether /metrics needs no API key; without keys nothing needs one
+    open_metrics: bool = False  # whether /metrics, /metrics.json and /prometheus/targets need no API key
     cors_origins: str = ""  # web origins whose pages may call the API, separated by commas; *: all
     tool_style: str = "auto"  # how the model writes tool calls; auto: told by its chat template
     max_body_bytes: int = 4 * MIB
     max_prompts: int = 64  # of one completion request
     max_choices: int = 16  # `n` of one request
     max_connections: int = 2048  # over it, connections that wait for nothing are closed in favour of new ones
+    max_event_listeners: int = 64  # clients of /api/events, the dashboard's among them; over it 503
     head_timeout_s: float = 20.0  # for the head of a request, from the connection's start
     body_timeout_s: float = 30.0  # for the body of a request, from its head
     keep_alive_s: float = 60.0  # how long a connection without a request is kept
@@ -119,6 +136,7 @@ class ServeConfig:
         _check_range("max_prompts", self.max_prompts, 1, 4096)
         _check_range("max_choices", self.max_choices, 1, 1024)
         _check_range("max_connections", self.max_connections, 1, 1 << 20)
+        _check_range("max_event_listeners", self.max_event_listeners, 1, 1 << 16)
         if self.tool_style not in TOOL_STYLES:
             raise ConfigError(f"tool_style is {self.tool_style!r}; choose one of {', '.join(TOOL_STYLES)}")
         for name in ("head_timeout_s", "body_timeout_s", "keep_alive_s", "write_timeout_s", "request_timeout_s"):

@@ -41,18 +41,27 @@ OPERATIONS = [
     ("/health", "GET"),
     ("/ready", "GET"),
     ("/metrics", "GET"),
+    ("/metrics.json", "GET"),
+    ("/prometheus/targets", "GET"),
+    ("/api/state", "GET"),
+    ("/api/steps", "GET"),
+    ("/api/requests", "GET"),
+    ("/api/requests/{seq_id}", "GET"),
+    ("/api/history", "GET"),
 ]
+ENDLESS = {("/api/events", "GET")}  # an answer that never ends; test_events.py has it
 
 
 def test_all_operations_are_tried(api_schema):
-    assert {(each.ok().path, each.ok().method.upper()) for each in api_schema.get_all_operations()} == set(OPERATIONS)
+    found = {(each.ok().path, each.ok().method.upper()) for each in api_schema.get_all_operations()}
+    assert found == {*OPERATIONS, *ENDLESS}
 
 
 @pytest.mark.parametrize("mode", GenerationMode, ids=str)
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
 def test_every_answer_is_as_the_document_says_and_none_is_a_server_error(api_schema, path, method, mode):
     operation = api_schema[path][method]
-    if mode is GenerationMode.NEGATIVE and method == "GET":
+    if mode is GenerationMode.NEGATIVE and method == "GET" and not operation.definition.raw.get("parameters"):
         pytest.skip("there is nothing to get wrong")
 
     @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

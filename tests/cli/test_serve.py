@@ -12,18 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_text_engine import FakeTextEngine
 
 from shardwright.api.app import create_app
 from shardwright.api.keys import Keyring, read_key_file
-from shardwright.api.metrics import Metrics
 from shardwright.api.schemas import ChatRequest, CompletionRequest, StreamOptions, StructuredOutputs
 from shardwright.cli.serve import is_loopback, public_name, ready_line, watch
 from shardwright.config import ServeConfig
 from shardwright.engine import ServedModel
 from shardwright.errors import ClusterError
 from shardwright.runtime.model_files import check_model_name
-
-from .conftest import report, snapshot
 
 MODEL = ServedModel(
     name="tiny", created=1, context_length=64, vocab_size=151, has_chat_template=True, has_tokenizer=True
@@ -211,7 +209,7 @@ def test_the_default_model_of_make_serve_is_a_bundled_one():
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
-SETTINGS = DOCUMENT.partition("## Settings")[2].partition("## Metrics")[0]
+SETTINGS = DOCUMENT.partition("## Settings")[2].partition("## What happens")[0]
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, StreamOptions, StructuredOutputs])
@@ -232,25 +230,7 @@ def test_the_document_names_every_setting_with_its_default():
         assert default == ", ".join(shown), names
 
 
-def test_the_document_names_every_metric():
-    names = re.findall(r"^# TYPE shardwright_(\w+)", Metrics(OneSnapshot()).render().decode(), re.MULTILINE)
-    assert len(names) > 20
-    assert [name for name in names if not name.endswith("_created") and f"`{name}`" not in DOCUMENT] == []
-
-
 def test_the_document_names_every_path():
-    paths = set(create_app(OneSnapshot(), ServeConfig()).openapi()["paths"])
+    paths = set(create_app(FakeTextEngine(), ServeConfig()).openapi()["paths"])
     assert len(paths) >= 7
     assert [path for path in paths if path.replace("{model}", "NAME") not in DOCUMENT] == []
-
-
-class OneSnapshot:
-    """An engine that only looks back."""
-
-    model = MODEL
-
-    def snapshot(self):
-        return snapshot(report(1.0, 2.0))
-
-    def is_ready(self):
-        return True

@@ -7,44 +7,28 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic.json_schema import models_json_schema
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 import shardwright
 from shardwright.api import schemas
 from shardwright.api.chat import chat
 from shardwright.api.completions import complete
-from shardwright.api.errors import SERVER, ApiError
+from shardwright.api.document import body, document, responses
+from shardwright.api.errors import SERVER, ApiError, of_validation
 from shardwright.api.keys import Keyring, read_key_file
-from shardwright.api.metrics import CONTENT_TYPE, Metrics
+from shardwright.api.metrics import Metrics
+from shardwright.api.observe import add_observation
 from shardwright.api.routes import take_in
-from shardwright.api.schemas import ChatRequest, CompletionRequest, ErrorAnswer, ModelList, ModelObject, Status
+from shardwright.api.schemas import ChatRequest, CompletionRequest, ModelList, ModelObject, Status
 from shardwright.api.service import Service
 from shardwright.api.tools import choose_style
 from shardwright.config import ServeConfig
 from shardwright.engine import TextEngine
 
-_REASONS = {
-    400: "The request is wrong; `param` names the field.",
-    401: "No API key, or one that is not known.",
-    404: "No such model.",
-    408: "The body did not come in time.",
-    413: "The body is too large.",
-    415: "The body is not JSON by its type.",
-    429: "The queue is full, or the API key's limits are reached; `Retry-After` says when to try again.",
-    500: "The server made a mistake.",
-    503: "The cluster has failed, or the server is shutting down.",
-    504: "The request's time was up before the answer had begun.",
-}
-
-
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorAnswer, "description": _REASONS[status]} for status in statuses}
-
-
-_GENERATING = _responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+_GENERATING = responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(engine: TextEngine, config: ServeConfig) -> FastAPI:
@@ -76,7 +60,11 @@ def create_app(engine: TextEngine, config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        exception_handlers={HTTPException: _on_http_error, Exception: _on_mistake},
+        exception_handlers={
+            HTTPException: _on_http_error,
+            RequestValidationError: _on_bad_parameter,
+            Exception: _on_mistake,
+        },
     )
     app.state.service = service
     if origins := [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]:
@@ -90,7 +78,8 @@ def create_app(engine: TextEngine, config: ServeConfig) -> FastAPI:
     _add_generation(app, service)
     _add_models(app, service)
     _add_state(app, service)
-    app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]
+    add_observation(app, service)
+    app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     return app
 
 
@@ -99,7 +88,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         "/v1/chat/completions",
         response_model=schemas.ChatAnswer,
         responses=_GENERATING,
-        openapi_extra=_body(ChatRequest),
+        openapi_extra=body(ChatRequest),
         operation_id="create_chat_completion",
     )
     async def chat_completions(request: Request) -> Response:
@@ -110,7 +99,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         "/v1/completions",
         response_model=schemas.CompletionAnswer,
         responses=_GENERATING,
-        openapi_extra=_body(CompletionRequest),
+        openapi_extra=body(CompletionRequest),
         operation_id="create_completion",
     )
     async def completions(request: Request) -> Response:
@@ -129,7 +118,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "max_model_len": model.context_length,
         }
 
-    @app.get("/v1/models", response_model=ModelList, responses=_responses(401, 500), operation_id="list_models")
+    @app.get("/v1/models", response_model=ModelList, responses=responses(401, 500), operation_id="list_models")
     async def models(request: Request) -> Response:
         """The model that is served."""
         service.client(request)
@@ -138,7 +127,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/models/{model:path}",
         response_model=ModelObject,
-        responses=_responses(401, 404, 500),
+        responses=responses(401, 404, 500),
         operation_id="retrieve_model",
     )
     async def model(request: Request, model: str) -> Response:
@@ -150,7 +139,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/health", response_model=Status, responses=_responses(500), operation_id="health")
+    @app.get("/health", response_model=Status, responses=responses(500), operation_id="health")
     async def health() -> Response:
         """Whether the server is alive."""
         return JSONResponse({"status": "alive"})
@@ -160,7 +149,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         response_model=Status,
         responses={
             503: {"model": Status, "description": "No token went through the pipeline lately."},
-            **_responses(500),
+            **responses(500),
         },
         operation_id="ready",
     )
@@ -171,13 +160,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if not service.engine.is_ready():
             return JSONResponse({"status": "not ready"}, 503)
         return JSONResponse({"status": "ready"})
-
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_responses(401, 500), operation_id="metrics")
-    async def metrics(request: Request) -> Response:
-        """Figures for Prometheus, in its text format."""
-        if not service.config.open_metrics:
-            service.client(request)
-        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
@@ -190,58 +172,13 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     return JSONResponse(answer.content(), error.status_code, error.headers)
 
 
+async def _on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A parameter in the path or the query is wrong: 400, in the same form as for a body's fields."""
+    assert isinstance(error, RequestValidationError), "registered for these"
+    given = {**request.query_params, **request.path_params}
+    # The place of an error begins with where the parameter stands, which its name says well enough.
+    return of_validation([{**each, "loc": each["loc"][1:]} for each in error.errors()], given).response()
+
+
 async def _on_mistake(_: Request, __: Exception) -> Response:
     return ApiError(500, "the server made a mistake; its log says more", kind=SERVER, code="internal_error").response()
-
-
-# --- the OpenAPI document ----------------------------------------------------------------------------
-
-_REFERENCES = "#/components/schemas/{model}"
-
-
-def _body(kind: type[schemas.GenerationFields]) -> dict[str, Any]:
-    schema = {"$ref": _REFERENCES.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _events(chunk: str) -> dict[str, Any]:
-    """A stream's events: chunks, perhaps an error, then `[DONE]` if there was none."""
-    kinds = [{"$ref": _REFERENCES.format(model=name)} for name in (chunk, "ErrorAnswer")]
-    json_data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
-    data = {"anyOf": [{"const": "[DONE]"}, json_data]}
-    return {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
-
-
-def _document(app: FastAPI, service: Service) -> dict[str, Any]:
-    """FastAPI's document, with what it can't know: bodies that are read here, streams, keys, types of answers."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    document = FastAPI.openapi(app)
-    definitions = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        definitions.pop(name, None)
-    inputs: list[tuple[type[Any], Any]] = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
-    _, added = models_json_schema(inputs, ref_template=_REFERENCES)
-    definitions.update(added["$defs"])
-    for kind, _ in inputs:
-        definitions[kind.__name__]["properties"]["model"]["enum"] = [service.engine.model.name]
-    _, chunk = models_json_schema([(schemas.ChatChunk, "serialization")], ref_template=_REFERENCES)
-    definitions.update({name: each for name, each in chunk["$defs"].items() if name not in definitions})
-    streams = {"/v1/chat/completions": "ChatChunk", "/v1/completions": "CompletionAnswer"}
-    keyed = [path for path in document["paths"] if path.startswith("/v1/")]
-    if not service.config.open_metrics:
-        keyed.append("/metrics")
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            operation["responses"].pop("422", None)
-            if not service.keys.is_open and path in keyed:
-                operation["security"] = [{"apiKey": []}]
-            if path in streams:
-                operation["responses"]["200"]["content"]["text/event-stream"] = _events(streams[path])
-                operation["responses"]["429"]["headers"] = {
-                    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
-                }
-    if not service.keys.is_open:
-        document["components"]["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
-    app.openapi_schema = document
-    return document

@@ -1,18 +1,16 @@
-"""What Prometheus may know: the engine's snapshot, read when it is asked for, and what requests were like."""
+"""What Prometheus may know: the cluster, looked at when it is asked for, and what requests over HTTP were like."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.registry import Collector
 
+from shardwright.api.cluster_metrics import ClusterCollector
 from shardwright.engine import TextEngine
-from shardwright.types import ClusterSnapshot, FinishReason
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -27,7 +25,7 @@ class Metrics:
     def __init__(self, engine: TextEngine, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_SnapshotCollector(engine))
+        self.registry.register(ClusterCollector(engine))
         self._requests = Counter(
             "shardwright_http_requests",
             "HTTP requests for answers, by endpoint and by how they ended.",
@@ -57,6 +55,10 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A figure of the server's own, read at each scrape."""
+        Gauge(f"shardwright_{name}", text, registry=self.registry).set_function(read)
 
     def begin(self, endpoint: str) -> Meter:
         """Start the clock of one request."""
@@ -96,90 +98,3 @@ class Meter:
             self._metrics._requests.labels(self._endpoint, outcome).inc()  # noqa: SLF001  as above
             self._metrics._duration.labels(self._endpoint).observe(seconds)  # noqa: SLF001  as above
         return seconds
-
-
-class _SnapshotCollector(Collector):
-    """Turns the engine's snapshot into metrics at each scrape."""
-
-    def __init__(self, engine: TextEngine) -> None:
-        self._engine = engine
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: the registry need not scrape in order to know the names."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        snapshot = self._engine.snapshot()
-        yield _gauge("ready", "Whether a real token went through the pipeline lately.", self._engine.is_ready())
-        yield from _requests(snapshot)
-        yield from _tokens(snapshot)
-        yield from _blocks(snapshot)
-        yield from _pipeline(snapshot)
-
-
-def _requests(snapshot: ClusterSnapshot) -> Iterator[Metric]:
-    yield _gauge("sequences_waiting", "Sequences without KV blocks yet.", snapshot.num_waiting)
-    yield _gauge("sequences_waiting_limit", "Most sequences that may wait; 0: no limit.", snapshot.max_waiting)
-    yield _gauge("sequences_running", "Sequences that hold KV blocks.", snapshot.num_running)
-    finished = CounterMetricFamily(
-        "shardwright_sequences_finished", "Sequences that are over, by how they ended.", labels=("reason",)
-    )
-    counts = dict(snapshot.finished)
-    for reason in FinishReason:
-        finished.add_metric((reason.value,), counts.get(reason, 0))
-    yield finished
-
-
-def _tokens(snapshot: ClusterSnapshot) -> Iterator[Metric]:
-    yield _counter("prompt_tokens", "Tokens of all prompts.", snapshot.total_prompt_tokens)
-    yield _counter("cached_prompt_tokens", "Prompt tokens that a cached prefix saved.", snapshot.total_cached_tokens)
-    yield _counter("output_tokens", "Tokens that were generated.", snapshot.total_output_tokens)
-    yield _counter("preemptions", "Times that a sequence gave its KV blocks up.", snapshot.total_preemptions)
-    ratio = snapshot.total_cached_tokens / snapshot.total_prompt_tokens if snapshot.total_prompt_tokens else 0.0
-    yield _gauge("prefix_cache_hit_ratio", "Part of all prompt tokens that cached prefixes saved, 0 to 1.", ratio)
-
-
-def _blocks(snapshot: ClusterSnapshot) -> Iterator[Metric]:
-    yield _gauge("kv_blocks", "KV blocks of the pipeline.", snapshot.num_blocks)
-    yield _gauge("kv_blocks_used", "KV blocks that sequences hold.", snapshot.num_blocks - snapshot.num_free_blocks)
-    yield _gauge("kv_blocks_cached", "Free KV blocks that the prefix cache can give again.", snapshot.num_cached_blocks)
-
-
-def _pipeline(snapshot: ClusterSnapshot) -> Iterator[Metric]:
-    yield _gauge("pipeline_epoch", "Number of the present pipeline.", snapshot.epoch)
-    yield _gauge("pipeline_stages", "Stages of the present pipeline.", len(snapshot.stages))
-    yield _gauge("steps_in_flight", "Steps on their way through the pipeline.", snapshot.num_steps_in_flight)
-    yield _gauge("steps_in_flight_limit", "Most steps that may be under way.", snapshot.max_steps_in_flight)
-    ratio = GaugeMetricFamily(
-        "shardwright_stage_busy_ratio",
-        "Part of its time that a stage computed since it was loaded.",
-        labels=("worker",),
-    )
-    busy = CounterMetricFamily(
-        "shardwright_stage_busy_seconds", "Time that a stage computed since it was loaded.", labels=("worker",)
-    )
-    queue = GaugeMetricFamily(
-        "shardwright_stage_queue_depth", "Steps that wait for a stage's compute thread.", labels=("worker",)
-    )
-    workers = GaugeMetricFamily("shardwright_workers", "Workers that the master knows, by status.", labels=("status",))
-    statuses: dict[str, int] = {}
-    for worker in snapshot.workers:
-        statuses[worker.status] = statuses.get(worker.status, 0) + 1
-        report = worker.report
-        if report is None or worker.layers is None:
-            continue
-        label = (worker.worker_id,)
-        ratio.add_metric(label, min(1.0, report.busy_s / report.uptime_s) if report.uptime_s > 0 else 0.0)
-        busy.add_metric(label, report.busy_s)
-        queue.add_metric(label, report.queue_depth)
-    for status, count in sorted(statuses.items()):
-        workers.add_metric((status,), count)
-    yield from (ratio, busy, queue, workers)
-
-
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"shardwright_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(f"shardwright_{name}", text, value=value)

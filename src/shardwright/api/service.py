@@ -34,20 +34,20 @@ class Drain:
     """The server's end: no new requests from `begin` on, and the running ones are cut off at `finish`."""
 
     def __init__(self) -> None:
-        self._began = False
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.over = asyncio.Event()
+        self.begun = asyncio.Event()  # from here on new requests are refused
+        self.over = asyncio.Event()  # from here on running ones are cut off
 
     @property
     def has_begun(self) -> bool:
         """Whether new requests are refused."""
-        return self._began
+        return self.begun.is_set()
 
     def enter(self) -> None:
         """A request begins to run. Raises `ApiError` 503 when the server is shutting down."""
-        if self._began:
+        if self.has_begun:
             raise shutting_down()
         self._running += 1
         self._idle.clear()
@@ -60,7 +60,7 @@ class Drain:
 
     async def finish(self, timeout_s: float) -> None:
         """Refuse new requests, give the running ones this long to end by themselves, then end them."""
-        self._began = True
+        self.begun.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -72,7 +72,7 @@ class Drain:
 
     def cut(self) -> None:
         """Refuse new requests and end the running ones."""
-        self._began = True
+        self.begun.set()
         self.over.set()
 
 
