@@ -81,6 +81,9 @@ class WorkerService(Protocol):
 class WorkerClient(Protocol):
     """One worker, spoken to. Calls have time limits of their own; streams live until closed or broken."""
 
+    trace_parent: str
+    """The span that streams opened from now on belong to; empty at first, and without traces. See `trace_context`."""
+
     @property
     def address(self) -> str:
         """host:port, as connected to."""

@@ -12,6 +12,7 @@ from shardwright.errors import FrameError, LinkLostError, ShardwrightError, Vers
 from shardwright.transport import carried_errors, grpc_options
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, method_path
 from shardwright.transport.streams import failure_of, send_all, stop
+from shardwright.transport.trace_context import trace_metadata
 from shardwright.types import Epoch, HeartbeatReport, LinkMeasures, MachineMeasures, WorkerDescription
 from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
@@ -25,6 +26,7 @@ class GrpcClient:
     """One worker, spoken to over a channel of its own."""
 
     def __init__(self, address: str, limits: WireLimits) -> None:
+        self.trace_parent = ""
         self._address = address
         self._limits = limits
         self._channel: Any = grpc.aio.insecure_channel(
@@ -86,7 +88,7 @@ class GrpcClient:
         """Follow the last stage's results."""
         self._check_open()
         call = self._channel.unary_stream(method_path("Tokens"))(
-            report_codec.encode_tokens_request(epoch), metadata=PROTOCOL_METADATA
+            report_codec.encode_tokens_request(epoch), metadata=self._stream_metadata
         )
         try:
             async for result in self._replies(call, result_codec.ResultDecoder().feed):
@@ -116,7 +118,7 @@ class GrpcClient:
     ) -> AsyncIterator[Received]:
         """One bidirectional call. A task sends while the caller reads; it lives as long as this generator."""
         self._check_open()
-        call = self._channel.stream_stream(method_path(method))(metadata=PROTOCOL_METADATA)
+        call = self._channel.stream_stream(method_path(method))(metadata=self._stream_metadata)
 
         async def write(part: bytes) -> None:
             # The public call.write turns a write that fails because the worker has ended the call into an INTERNAL
@@ -188,6 +190,10 @@ class GrpcClient:
                 return FrameError(f"a message to or from the worker at {self._address} is too large: {details}")
             case _:
                 return carried_errors.worker_failed(self._address, f"{exc.code().name}: {details}")
+
+    @property
+    def _stream_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*PROTOCOL_METADATA, *trace_metadata(self.trace_parent))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -24,6 +24,7 @@ from shardwright.transport.address import join_address, split_address
 from shardwright.transport.base import WorkerService
 from shardwright.transport.grpc_options import ERROR_KEY, PROTOCOL_KEY, PROTOCOL_METADATA, SERVICE_NAME
 from shardwright.transport.streams import Incoming, closing, whole
+from shardwright.transport.trace_context import take_trace_parent
 from shardwright.types import PROTOCOL_VERSION
 from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import WireLimits
@@ -161,6 +162,7 @@ class _ServerCall:
         """Run the service's side of a stream to its end, and close it whatever happens."""
         try:
             self.check_version()
+            take_trace_parent(dict(self._context.invocation_metadata()))
             await self._context.send_initial_metadata(PROTOCOL_METADATA)  # tells the client that someone is here
             async with closing(replies_of()) as replies:
                 async for reply in replies:

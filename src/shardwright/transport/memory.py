@@ -18,6 +18,7 @@ from shardwright.transport import carried_errors
 from shardwright.transport.address import join_address, split_address
 from shardwright.transport.base import Listener, WorkerClient, WorkerService
 from shardwright.transport.streams import Incoming, closing, failure_of, send_all, stop, whole
+from shardwright.transport.trace_context import take_trace_parent, trace_metadata
 from shardwright.types import Epoch, HeartbeatReport, LinkMeasures, MachineMeasures, WorkerDescription
 from shardwright.wire import load_codec, measure_codec, report_codec, result_codec, step_codec
 from shardwright.wire.limits import DEFAULT_MAX_FRAME_BYTES, WireLimits
@@ -86,12 +87,12 @@ class MemoryTransport:
         """Whether nothing moves to or from the address."""
         return address in self._stalled
 
-    def open_call(self, address: str, method: str) -> _Call:
+    def open_call(self, address: str, method: str, trace_parent: str = "") -> _Call:
         """Start a call. Raises `WorkerUnreachableError` when nobody listens."""
         listener = self._listeners.get(address)
         if listener is None or address in self._cut:
             raise carried_errors.unreachable(address, "nobody listens" if listener is None else "the network is cut")
-        call = _Call(address, self)
+        call = _Call(address, self, trace_parent)
         self._calls.add(call)
         listener.accept(call, method)
         return call
@@ -160,8 +161,9 @@ class _Lane:
 class _Call:
     """One call: a lane each way, and how it ended."""
 
-    def __init__(self, address: str, network: MemoryTransport) -> None:
+    def __init__(self, address: str, network: MemoryTransport, trace_parent: str) -> None:
         self.address = address
+        self.trace_parent = trace_parent
         self.up = _Lane(address, network)
         self.down = _Lane(address, network)
         self.error: tuple[str, str] | None = None  # kind and message, as the worker raised it
@@ -230,6 +232,7 @@ class MemoryListener:
         task.add_done_callback(self._open.pop)
 
     async def _handle(self, call: _Call, method: str) -> None:
+        take_trace_parent(dict(trace_metadata(call.trace_parent)))
         try:
             await self._run(call, method)
         except ShardwrightError as exc:
@@ -312,6 +315,7 @@ class MemoryClient:
     """One worker of this process, spoken to."""
 
     def __init__(self, address: str, network: MemoryTransport) -> None:
+        self.trace_parent = ""
         self._address = address
         self._network = network
         self._calls: set[_Call] = set()
@@ -370,7 +374,7 @@ class MemoryClient:
 
     async def tokens(self, epoch: Epoch) -> AsyncIterator[StepResult]:
         """Follow the last stage's results."""
-        call = self._open("Tokens")
+        call = self._open("Tokens", self.trace_parent)
         try:
             await call.up.put(report_codec.encode_tokens_request(epoch))
             decoder = result_codec.ResultDecoder()
@@ -409,7 +413,7 @@ class MemoryClient:
         decode: Callable[[bytes], Received],
     ) -> AsyncIterator[Received]:
         """One bidirectional call. A task sends while the caller reads; it lives as long as this generator."""
-        call = self._open(method)
+        call = self._open(method, self.trace_parent)
 
         async def send() -> None:
             try:
@@ -433,10 +437,10 @@ class MemoryClient:
             self._end(call)
             await stop(sender)
 
-    def _open(self, method: str) -> _Call:
+    def _open(self, method: str, trace_parent: str = "") -> _Call:
         if self._closed:
             raise LinkLostError(f"the connection to the worker at {self._address} was closed")
-        call = self._network.open_call(self._address, method)
+        call = self._network.open_call(self._address, method, trace_parent)
         self._calls.add(call)
         return call
 
