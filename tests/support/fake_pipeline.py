@@ -121,7 +121,7 @@ class FakeWorker:
     def tokens(self, epoch):
         return self._pipeline.results()
 
-    async def heartbeat(self, *, timeout_s):
+    async def heartbeat(self, *, timeout_s, traces_since=None):
         self._pipeline.num_heartbeats += 1
         await self._pipeline.heartbeats.wait()
         return REPORT

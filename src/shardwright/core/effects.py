@@ -101,6 +101,7 @@ class Finish:
     message: str = ""
     num_cached_tokens: int = 0  # prompt tokens whose K and V were reused at the first admission
     retry_after_s: float = 0.0  # on REJECTED: when the queue is likely to have room
+    num_preemptions: int = 0  # times that it gave its blocks up on its way
 
 
 MasterEffect: TypeAlias = (

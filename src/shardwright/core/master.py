@@ -82,7 +82,7 @@ class MasterState:
 
     def __init__(self, settings: CoreSettings, costs: ModelCosts) -> None:
         self._settings = settings
-        self._costs = costs
+        self.costs = costs
         # Probes that run beside requests have a block of their own, on top of what was asked for.
         self._num_probe_blocks = 0 if settings.probe_interval_s is None else 1
         probe_tokens = self._num_probe_blocks * settings.block_size
@@ -223,6 +223,7 @@ class MasterState:
             message=message,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             retry_after_s=self._departures.turn_away(self._now) if reason is FinishReason.REJECTED else 0.0,
+            num_preemptions=sequence.num_preemptions,
         )
 
     # --- workers -----------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class MasterState:
     def _deploy(self, now: float, *, after: str) -> list[MasterEffect]:
         """Place the model and begin a new epoch; `after` is what made it necessary, for the message of a failure."""
         try:
-            placement = place(self._costs, self._cluster.usable(), self._placement_settings)
+            placement = place(self.costs, self._cluster.usable(), self._placement_settings)
         except PlacementError as exc:
             return self._fail(f"{after}{exc}")
         self.placement = placement
@@ -285,7 +286,7 @@ class MasterState:
         self._load_deadline = now + self._settings.load_timeout_s
         self._pacing = Pacing(
             self._stages,
-            context=ContextCost(self._costs.context_costs),
+            context=ContextCost(self.costs.context_costs),
             token_budget=self._settings.token_budget,
             max_gap_ratio=self._settings.max_gap_ratio,
         )
@@ -474,6 +475,11 @@ class MasterState:
     def is_ready(self, now: float) -> bool:
         """Whether the pipeline takes steps and a real token came through it lately; false when a step is overdue."""
         return self._phase is PipelinePhase.READY and self._liveness.is_live(now)
+
+    def num_preemptions(self, seq_id: SeqId) -> int:
+        """How often an open request gave its KV blocks up so far; 0 for one that is not open."""
+        sequence = self._open.get(seq_id)
+        return 0 if sequence is None else sequence.num_preemptions
 
     def snapshot(self) -> ClusterSnapshot:
         """Everything that people and metrics may see, frozen."""

@@ -53,6 +53,7 @@ from shardwright.core.master import MasterState
 from shardwright.engine import FinishEvent, PromptScoresEvent, RequestEvent, TokenEvent
 from shardwright.errors import ClusterError, QueueFullError, ShardwrightError, StageLoadError
 from shardwright.runtime.mailbox import Mailbox, MailReader
+from shardwright.runtime.observatory import HISTORY_S, MasterObservatory
 from shardwright.transport.base import WorkerClient
 from shardwright.types import (
     NO_RULES,
@@ -120,6 +121,8 @@ class MasterEngine:
         *,
         heartbeat_interval_s: float,
         heartbeat_timeout_s: float,
+        history_interval_s: float = 5.0,
+        history_s: float = HISTORY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -127,6 +130,7 @@ class MasterEngine:
         self._load_stage = load_stage
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._history_interval_s = history_interval_s
         self._clock = clock
         self._last_seen = clock()
         self._held_up_s = 0.0
@@ -147,6 +151,10 @@ class MasterEngine:
         self._crash: BaseException | None = None
         self._closed = False
         self._events_due: deque[MasterEvent] = deque()
+        self._look_timer: asyncio.TimerHandle | None = None
+        self.observatory = MasterObservatory(
+            self, model_name=state.costs.name, num_layers=state.costs.num_layers, clock=clock, history_s=history_s
+        )
 
     # --- life --------------------------------------------------------------------------------------
 
@@ -157,7 +165,10 @@ class MasterEngine:
         """
         self._ready = asyncio.get_running_loop().create_future()
         self._failure = None
+        if self._look_timer is None:
+            self._look()
         for capacity in capacities:
+            self.observatory.worker_joined(capacity, self._workers[capacity.worker_id].address)
             self._handle(WorkerJoined(capacity=capacity))
             self._spawn(self._watch(capacity.worker_id), f"heartbeat of {capacity.worker_id}")
         self._handle(Deploy())
@@ -174,8 +185,9 @@ class MasterEngine:
         if self._closed:
             return
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._look_timer):
+            if timer is not None:
+                timer.cancel()
         for seq_id in tuple(self._clients):
             self._finish(FinishEvent(seq_id=seq_id, reason=FinishReason.ABORT, message="the master is closing"))
         self._tell_clients()
@@ -241,6 +253,7 @@ class MasterEngine:
         assert not self._events_due, "requests come from clients, not out of the core"
         seq_id = next(self._seq_ids)
         self._clients[seq_id] = _Client(sink)
+        self.observatory.submitted(seq_id, len(prompt), self._clock())
         self._handle(
             Submit(
                 seq_id=seq_id,
@@ -273,6 +286,10 @@ class MasterEngine:
     def is_ready(self) -> bool:
         """Whether a real token went through the real pipeline lately."""
         return not self._closed and self._crash is None and self._state.is_ready(self._now())
+
+    def num_preemptions(self, seq_id: SeqId) -> int:
+        """How often an open request gave its KV blocks up so far; 0 for one that is not open."""
+        return self._state.num_preemptions(seq_id)
 
     @property
     def failure(self) -> str:
@@ -353,6 +370,7 @@ class MasterEngine:
             case ReleaseStage():
                 self._spawn(self._release(effect.worker_id, effect.epoch), f"release {effect.worker_id}")
             case OpenPipeline():
+                self.observatory.pipeline_opened(effect.epoch, effect.stages)
                 self._open_link(effect)
             case ClosePipeline():
                 link, self._link = self._link, None
@@ -369,7 +387,9 @@ class MasterEngine:
             case SendStep():
                 assert self._link is not None, "steps are sent only on an open pipeline"
                 self._link.outgoing.put_nowait(effect.step)
+                self.observatory.step_sent(effect.step, self._last_seen)
             case EmitToken():
+                self.observatory.token(effect.seq_id, self._last_seen)
                 self._tell(
                     self._clients[effect.seq_id],
                     TokenEvent(
@@ -384,6 +404,7 @@ class MasterEngine:
                 self._tell(self._clients[effect.seq_id], PromptScoresEvent(seq_id=effect.seq_id, scores=effect.scores))
             case Finish(reason=FinishReason.REJECTED):
                 del self._clients[effect.seq_id]
+                self.observatory.rejected(effect.seq_id)
                 self._refusal = effect
             case Finish():
                 self._finish(
@@ -392,14 +413,16 @@ class MasterEngine:
                         reason=effect.reason,
                         message=effect.message,
                         num_cached_tokens=effect.num_cached_tokens,
-                    )
+                    ),
+                    num_preemptions=effect.num_preemptions,
                 )
             case _:
                 assert_never(effect)
 
-    def _finish(self, event: FinishEvent) -> None:
+    def _finish(self, event: FinishEvent, *, num_preemptions: int = 0) -> None:
         client = self._clients.pop(event.seq_id, None)
         if client is not None:
+            self.observatory.finished(event.seq_id, event.reason, self._last_seen, num_preemptions=num_preemptions)
             self._tell(client, event)
 
     def _tell(self, client: _Client, event: RequestEvent) -> None:
@@ -443,6 +466,7 @@ class MasterEngine:
     def _on_crash(self, what: str, error: BaseException) -> None:
         """A bug here or in the core: every client hears of it instead of waiting for ever, and nothing goes on."""
         self._crash = error
+        self.observatory.error(type(error).__name__)
         log.critical("%s crashed", what, exc_info=error)
         reason = f"internal error in {what}: {error!r}"
         self._fail(reason)
@@ -457,17 +481,21 @@ class MasterEngine:
         try:
             done = await self._load_stage(assignment, self._workers[worker_id])
         except StageLoadError as exc:
-            self._load_error = exc
+            self._on_load_error(exc)
             self._handle(StageLoadFailed(worker_id=worker_id, epoch=assignment.epoch, reason=str(exc)))
         except ClusterError as exc:
-            self._load_error = exc
+            self._on_load_error(exc)
             self._handle(WorkerLost(worker_id=worker_id, reason=str(exc)))
         except ShardwrightError as exc:
-            self._load_error = exc
+            self._on_load_error(exc)
             self._handle(StageLoadFailed(worker_id=worker_id, epoch=assignment.epoch, reason=str(exc)))
         else:
             self._loaded[worker_id] = done
             self._handle(StageLoaded(worker_id=worker_id, epoch=assignment.epoch))
+
+    def _on_load_error(self, error: ShardwrightError) -> None:
+        self._load_error = error
+        self.observatory.error(type(error).__name__)
 
     async def _release(self, worker_id: WorkerId, epoch: Epoch) -> None:
         if self._assigned.get(worker_id) == epoch and not self._closed:
@@ -483,13 +511,29 @@ class MasterEngine:
 
     async def _beat(self, worker_id: WorkerId) -> bool:
         """One heartbeat; False when the worker is known to be gone. A slow answer is left to the core's deadline."""
+        observatory = self.observatory
+        traces_since = observatory.asking(worker_id)
+        sent_s = self._clock()
         try:
-            report = await self._workers[worker_id].heartbeat(timeout_s=self._heartbeat_timeout_s)
+            report = await self._workers[worker_id].heartbeat(
+                timeout_s=self._heartbeat_timeout_s, traces_since=traces_since
+            )
         except ShardwrightError as exc:
+            observatory.error(type(exc).__name__)
             self._handle(WorkerLost(worker_id=worker_id, reason=str(exc)))
             return False
+        finally:
+            observatory.asked(worker_id, traces_since)
+        report = observatory.heard(
+            worker_id, report, sent_s=sent_s, returned_s=self._clock(), traces_since=traces_since
+        )
         self._handle(Heartbeat(worker_id=worker_id, report=report))
         return True
+
+    def _look(self) -> None:
+        """Have a point of the history noted, now and after each interval."""
+        self.observatory.look()
+        self._look_timer = asyncio.get_running_loop().call_later(self._history_interval_s, self._look)
 
     # --- pipeline ----------------------------------------------------------------------------------
 
@@ -507,10 +551,11 @@ class MasterEngine:
             async for reply in self._workers[link.first].process_layers(link.messages()):
                 if isinstance(reply, StepTrouble):
                     self._on_trouble(reply)
-            reason = "it closed the step link"
+            reason, kind = "it closed the step link", "LinkLostError"
         except ShardwrightError as exc:
-            reason = str(exc)
+            reason, kind = str(exc), type(exc).__name__
         if self._link is link:
+            self.observatory.error(kind)
             self._handle(WorkerLost(worker_id=link.first, reason=reason))
 
     def _on_trouble(self, trouble: StepTrouble) -> None:
@@ -524,15 +569,17 @@ class MasterEngine:
     async def _run_tokens(self, link: _StepLink) -> None:
         try:
             async for result in self._workers[link.last].tokens(link.epoch):
+                self.observatory.step_returned(result.epoch, result.step, self._clock())
                 self._handle(
                     TokensSampled(
                         epoch=result.epoch, step=result.step, tokens=result.tokens, prompt_scores=result.prompt_scores
                     )
                 )
-            reason = "it closed the token stream"
+            reason, kind = "it closed the token stream", "LinkLostError"
         except ShardwrightError as exc:
-            reason = str(exc)
+            reason, kind = str(exc), type(exc).__name__
         if self._link is link:
+            self.observatory.error(kind)
             self._handle(WorkerLost(worker_id=link.last, reason=reason))
 
     async def _close_link(self, link: _StepLink) -> None:

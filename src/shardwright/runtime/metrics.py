@@ -1,5 +1,7 @@
 """Writes what the master knows of its cluster to `metrics.json`, for people, scripts and Grafana's JSON sources.
 
+The same figures of each worker are made into flat rows, one for each moment: `metrics_rows`.
+
 The schema is stable: fields are added, never renamed or removed, without a higher `SCHEMA_VERSION`. The tables here
 are the schema; `docs/monitoring.md` shows the same.
 """
@@ -9,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from shardwright.types import ClusterSnapshot, HeartbeatReport, StageAssignment, WorkerSnapshot
+from shardwright.observation import ClusterView, WorkerView
+from shardwright.types import HeartbeatReport, LayerRange
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,9 @@ CLUSTER_FIELDS: Final[Mapping[str, str]] = {
     "cached_tokens": "those whose computation a shared prefix saved",
     "output_tokens": "tokens generated so far",
     "preemptions": "times that a request gave its KV blocks up, to be computed again later",
+    "answering": "whether a real token went through the pipeline lately: a request's, or the master's own when idle",
+    "failure": "why no request can be answered; empty while there is a pipeline",
+    "errors": "errors of the master and of all workers so far, by kind",
 }
 
 WORKER_FIELDS: Final[Mapping[str, str]] = {
@@ -76,22 +83,73 @@ WORKER_FIELDS: Final[Mapping[str, str]] = {
     "uptime_seconds": "time since the stage was loaded",
     "busy_ratio": "the part of that time spent computing, 0 to 1; null without a stage",
     "step_seconds": "mean time of the steps since the heartbeat before; null if there was none",
+    "recent_busy_ratio": "the part of the last seconds spent computing, 0 to 1; null before two heartbeats of a stage",
+    "gpu_temperature_celsius": "null where NVML does not tell",
+    "gpu_power_watts": "what the GPU draws; null where NVML does not tell",
+    "weight_bytes": "memory that the stage's weights take",
+    "kv_bytes": "memory set aside for K and V",
+    "round_trip_seconds": "from the master to the worker and back, the fastest of the last heartbeats",
+    "wire_seconds": "mean time of the last steps on the link to the worker; null before the first",
+    "link_bytes_per_second": "of tensors to the next stage, over the last seconds; null on the last stage",
+}
+
+ROW_FIELDS: Final[Mapping[str, str]] = {
+    "time": "when the row was made, in UTC, ISO 8601; one moment's rows share it",
+    "timestamp": "the same in seconds since 1970",
+    "worker": "its name",
+    "device": "what it computes on: cpu, cuda:0, mps",
+    "device_name": "the device's own name",
+    "status": "its state in the master's eyes: joining, loading, ready, lost",
+    "epoch": "of the stage that it holds; 0: none",
+    "stage": "its place in the pipeline, from 0; null: none",
+    "layers": "its layers, as first-last; null: none",
+    "num_layers": "how many these are",
+    "gpu_utilization": "percent of the time that the GPU was busy (NVML); null without an NVIDIA GPU",
+    "gpu_memory_used_bytes": "of all processes; null without an NVIDIA GPU",
+    "gpu_memory_total_bytes": "null without an NVIDIA GPU",
+    "gpu_temperature_celsius": "null where NVML does not tell",
+    "gpu_power_watts": "what the GPU draws; null where NVML does not tell",
+    "memory_utilization": "percent of the GPU's memory in use; of the machine's without an NVIDIA GPU",
+    "cpu_utilization": "percent of all the machine's cores",
+    "memory_used_bytes": "RAM of the machine, or of the container",
+    "memory_total_bytes": "RAM of the machine, or of the container",
+    "process_memory_bytes": "RAM of the worker's own process",
+    "weight_bytes": "memory that the stage's weights take",
+    "kv_bytes": "memory set aside for K and V",
+    "busy_ratio": "the part of the last seconds spent computing, 0 to 1; null without a stage",
+    "queue_depth": "steps that wait for its compute thread",
+    "steps_done": "steps computed since the stage was loaded",
+    "round_trip_seconds": "from the master to the worker and back, the fastest of the last heartbeats",
+    "wire_seconds": "mean time of the last steps on the link to the worker; null before the first",
+    "link_bytes_per_second": "of tensors to the next stage, over the last seconds; null on the last stage",
+    "report_age_seconds": "how long ago the worker told these figures",
 }
 
 
-def metrics_document(snapshot: ClusterSnapshot, now: float) -> dict[str, object]:
-    """The content of `metrics.json` for a snapshot; `now` is in seconds since 1970. Plain JSON values only."""
-    stages = {stage.worker_id: stage for stage in snapshot.stages}
+def metrics_document(view: ClusterView) -> dict[str, object]:
+    """The content of `metrics.json`. Plain JSON values only."""
     return {
         "version": SCHEMA_VERSION,
-        "timestamp": round(now, 3),
-        "time": _iso(now),
-        "cluster": _cluster(snapshot),
-        "workers": [_worker(worker, stages.get(worker.worker_id)) for worker in snapshot.workers],
+        "timestamp": round(view.at, 3),
+        "time": _iso(view.at),
+        "cluster": _cluster(view),
+        "workers": [_worker(worker, view) for worker in _by_arrival(view)],
     }
 
 
-def _cluster(snapshot: ClusterSnapshot) -> dict[str, object]:
+def metrics_rows(view: ClusterView) -> list[dict[str, object]]:
+    """A flat row for each worker: of one that is lost its name and state, its last figures being of the past."""
+    return [_row(worker, view) for worker in _by_arrival(view)]
+
+
+def _by_arrival(view: ClusterView) -> list[WorkerView]:
+    """In the order in which they joined, whatever place a new pipeline gives them."""
+    order = {worker.worker_id: index for index, worker in enumerate(view.snapshot.workers)}
+    return sorted(view.workers, key=lambda worker: order.get(worker.worker_id, len(order)))
+
+
+def _cluster(view: ClusterView) -> dict[str, object]:
+    snapshot = view.snapshot
     return {
         "ready": snapshot.ready,
         "epoch": snapshot.epoch,
@@ -110,22 +168,61 @@ def _cluster(snapshot: ClusterSnapshot) -> dict[str, object]:
         "cached_tokens": snapshot.total_cached_tokens,
         "output_tokens": snapshot.total_output_tokens,
         "preemptions": snapshot.total_preemptions,
+        "answering": view.is_ready,
+        "failure": view.failure,
+        "errors": dict(view.num_errors),
     }
 
 
-def _worker(worker: WorkerSnapshot, stage: StageAssignment | None) -> dict[str, object]:
+def _worker(worker: WorkerView, view: ClusterView) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(WORKER_FIELDS)
-    row |= {
+    row |= _identity(worker)
+    row["reason"] = worker.reason
+    if worker.report is None:
+        return row
+    row |= _figures(worker.report)
+    row["recent_busy_ratio"] = _rounded(worker.busy_ratio, 4)
+    return _finite(row | _measured(worker, view))
+
+
+def _row(worker: WorkerView, view: ClusterView) -> dict[str, object]:
+    row: dict[str, object] = dict.fromkeys(ROW_FIELDS)
+    row |= _identity(worker)
+    if worker.report is not None and worker.status != "lost":
+        figures = _figures(worker.report)
+        row |= {name: figures[name] for name in ROW_FIELDS if name in figures}
+        row["busy_ratio"] = _rounded(worker.busy_ratio, 4)
+        row |= _measured(worker, view)
+        row["report_age_seconds"] = _rounded(worker.report_age_s, 3)
+    row |= {"device": worker.device, "device_name": worker.device_name}
+    row |= {"timestamp": round(view.at, 3), "time": _iso(view.at)}
+    return _finite(row)
+
+
+def _identity(worker: WorkerView) -> dict[str, object]:
+    layers = None
+    if worker.first_layer is not None and worker.end_layer is not None:
+        layers = LayerRange(worker.first_layer, worker.end_layer)
+    return {
         "worker": worker.worker_id,
         "status": worker.status,
-        "reason": worker.reason,
-        "stage": stage.stage_index if stage is not None else None,
-        "layers": str(worker.layers) if worker.layers is not None else None,
-        "num_layers": len(worker.layers) if worker.layers is not None else 0,
+        "stage": worker.stage_index,
+        "layers": None if layers is None else str(layers),
+        "num_layers": 0 if layers is None else len(layers),
     }
-    if worker.report is not None:
-        row |= _figures(worker.report)
-    return row
+
+
+def _measured(worker: WorkerView, view: ClusterView) -> dict[str, object]:
+    """What the master measured of it and its links."""
+    to_it = next((link for link in view.links if link.receiver == worker.worker_id), None)
+    from_it = next((link for link in view.links if link.sender == worker.worker_id), None)
+    return {
+        "weight_bytes": worker.weight_bytes,
+        "kv_bytes": worker.kv_bytes,
+        "round_trip_seconds": _rounded(worker.master_round_trip_s, 6),
+        "wire_seconds": None if to_it is None else _rounded(to_it.wire_s, 6),
+        "link_bytes_per_second": None if from_it is None else _rounded(from_it.bytes_per_s, 1),
+    }
 
 
 def _figures(report: HeartbeatReport) -> dict[str, object]:
@@ -153,11 +250,22 @@ def _figures(report: HeartbeatReport) -> dict[str, object]:
         "uptime_seconds": round(report.uptime_s, 6),
         "busy_ratio": round(min(report.busy_s / report.uptime_s, 1.0), 4) if report.uptime_s > 0 else None,
         "step_seconds": round(sum(t.mean_s * t.count for t in report.timings) / steps, 6) if steps > 0 else None,
+        "gpu_temperature_celsius": report.gpu_temperature_c,
+        "gpu_power_watts": report.gpu_power_w,
     }
 
 
 def _percent(part: int, whole: int) -> float | None:
     return round(100 * part / whole, 2) if whole > 0 else None
+
+
+def _finite(row: dict[str, object]) -> dict[str, object]:
+    """With null for what is no number: JSON has none of these, and one worker's mad figure must not stop the file."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _iso(timestamp: float) -> str | None:
@@ -174,14 +282,13 @@ class MetricsWriter:
     A file that can't be written is worth one warning, not a crash; the next warning comes after it worked again.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._now = clock or _wall_clock
         self._is_failing = False
 
-    def write(self, snapshot: ClusterSnapshot) -> None:
+    def write(self, view: ClusterView) -> None:
         """Replace the file. Blocks on the disk: call it off the event loop."""
-        text = json.dumps(metrics_document(snapshot, self._now()), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(metrics_document(view), indent=2, allow_nan=False) + "\n"
         # Named by process: two masters told to write the same file don't mix their halves.
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
@@ -195,8 +302,3 @@ class MetricsWriter:
             self._is_failing = True
             return
         self._is_failing = False
-
-
-def _wall_clock() -> float:
-    """Seconds since 1970."""
-    return datetime.now(tz=UTC).timestamp()

@@ -33,9 +33,11 @@ from shardwright.errors import (
     WorkerUnreachableError,
 )
 from shardwright.model.checkpoint import Checkpoint
+from shardwright.observation import ClusterView
 from shardwright.runtime.grammar_check import GrammarCheck
 from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.metrics import MetricsWriter
+from shardwright.runtime.metrics_log import MetricsLog
 from shardwright.runtime.model_files import ModelFiles, resolve_model
 from shardwright.runtime.raw_source import BlobsBeside, blob_spec
 from shardwright.runtime.registry import WorkerEntry
@@ -412,15 +414,19 @@ async def open_session(
             _StageSender(model, tokenizer, known, config.cache_dir, listener),
             heartbeat_interval_s=config.heartbeat_interval_s,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
+            history_interval_s=config.metrics_interval_s,
+            history_s=config.metrics_history_s,
         )
+        for worker in known:
+            engine.observatory.worker_described(worker.worker_id, worker.description, worker.entry.address)
         await stack.enter_async_context(engine)
         await engine.deploy(capacities)
         session = Session(engine, model, known, tokenizer)
         listener.ready(session.stages)
         if write_metrics:
-            writer = MetricsWriter(config.metrics)
-            task = asyncio.create_task(_write_metrics(engine, writer, config.metrics_interval_s), name="metrics")
-            stack.push_async_callback(_end_metrics, task, engine, writer)
+            files = _MetricsFiles(engine, config)
+            task = asyncio.create_task(files.keep(), name="metrics")
+            stack.push_async_callback(files.end, task)
         yield session
 
 
@@ -453,18 +459,46 @@ def _load_tokenizer(files: ModelFiles, cache_dir: Path, stop: threading.Event) -
     )
 
 
-async def _write_metrics(engine: MasterEngine, writer: MetricsWriter, interval_s: float) -> None:
-    while True:
-        await asyncio.to_thread(writer.write, engine.snapshot())
-        await asyncio.sleep(interval_s)
+class _MetricsFiles:
+    """Keeps `metrics.json` and, beside it, the rows of the last hour up to date while a session lasts."""
 
+    def __init__(self, engine: MasterEngine, config: MasterConfig) -> None:
+        self._observatory = engine.observatory
+        self._interval_s = config.metrics_interval_s
+        self._writer = MetricsWriter(config.metrics)
+        self._log = MetricsLog(config.metrics_log, kept_s=config.metrics_history_s) if config.write_history else None
+        self._written = 0.0  # timestamp of the last row in the file
 
-async def _end_metrics(task: asyncio.Task[None], engine: MasterEngine, writer: MetricsWriter) -> None:
-    """The last state stays in the file: a command may be over before the first interval is."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    await asyncio.to_thread(writer.write, engine.snapshot())
+    async def keep(self) -> None:
+        """Write until cancelled, once in each interval."""
+        if self._log is not None:
+            earlier = await asyncio.to_thread(self._log.read, now=self._observatory.view().at)
+            self._observatory.remember(earlier)
+            self._written = max((float(row["timestamp"]) for row in earlier), default=0.0)
+        while True:
+            await self._write()
+            await asyncio.sleep(self._interval_s)
+
+    async def end(self, task: asyncio.Task[None]) -> None:
+        """Stop, and leave the last state in the files: a command may be over before the first interval is."""
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        self._observatory.look()
+        await self._write()
+
+    async def _write(self) -> None:
+        view = self._observatory.view()
+        self._written = min(self._written, view.at)  # the system's clock may have been set back
+        rows = self._observatory.metrics_rows(since=self._written)
+        if rows:
+            self._written = max(self._written, *(float(str(row["timestamp"])) for row in rows))
+        await asyncio.to_thread(self._write_files, view, rows)
+
+    def _write_files(self, view: ClusterView, rows: list[dict[str, object]]) -> None:
+        self._writer.write(view)
+        if self._log is not None:
+            self._log.append(rows, now=view.at)
 
 
 class _StageSender:

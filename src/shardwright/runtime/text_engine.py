@@ -32,6 +32,7 @@ from shardwright.engine import (
     TokenEvent,
 )
 from shardwright.errors import InvalidRequestError, PromptTooLongError
+from shardwright.observation import Observatory
 from shardwright.runtime.mailbox import Mailbox, MailReader
 from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.stop_strings import StopFinder
@@ -128,6 +129,11 @@ class SessionTextEngine:
     def is_ready(self) -> bool:
         """Whether a real token went through the real pipeline lately."""
         return self._engine.is_ready()
+
+    @property
+    def observatory(self) -> Observatory:
+        """What can be seen of the cluster, its steps and its requests."""
+        return self._engine.observatory
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Start a request and give its events; they end after one `ChoiceEnd` for each choice.
