@@ -87,10 +87,7 @@ class MasterConfig:
         for name in ("metrics_interval_s", "connect_timeout_s", "heartbeat_interval_s", "heartbeat_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
-        if not 60.0 <= self.metrics_history_s <= _MAX_SECONDS:
-            raise ConfigError(
-                f"metrics_history_s is {self.metrics_history_s}; it must be between 60 and {_MAX_SECONDS:.0f} seconds"
-            )
+        _check_seconds("metrics_history_s", self.metrics_history_s)
         if self.write_history and self.metrics_log == self.metrics:
             raise ConfigError(
                 f"metrics is {str(self.metrics)!r}; a file of that ending is for the history beside it: "
