@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from shardwright.errors import ConfigError
 
@@ -41,6 +42,7 @@ class WorkerConfig:
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
     cache_limit_bytes: int = 50 * GIB
     max_frame_bytes: int = 256 * MIB  # largest tensor that a peer may send
+    otlp_endpoint: str = ""  # http(s)://host:port of an OTLP collector that gets traces, over gRPC; empty: none
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
@@ -48,6 +50,7 @@ class WorkerConfig:
         _check_range("memory_bytes", self.memory_bytes, 0, None)
         _check_range("cache_limit_bytes", self.cache_limit_bytes, 0, None)
         _check_range("max_frame_bytes", self.max_frame_bytes, 1, None)
+        _check_endpoint(self.otlp_endpoint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class MasterConfig:
     heartbeat_timeout_s: float = 10.0
     probe_interval_s: float = 5.0  # an idle pipeline is tried this often with a token of the master's own; 0: never
     max_frame_bytes: int = 256 * MIB
+    otlp_endpoint: str = ""  # http(s)://host:port of an OTLP collector that gets traces, over gRPC; empty: none
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -95,6 +99,7 @@ class MasterConfig:
             )
         if not self.probe_interval_s >= 0:
             raise ConfigError(f"probe_interval_s is {self.probe_interval_s}; it must be 0 (never) or above")
+        _check_endpoint(self.otlp_endpoint)
 
     @property
     def metrics_log(self) -> Path:
@@ -152,6 +157,21 @@ def _check_seconds(name: str, value: float) -> None:
         raise ConfigError(f"{name} is {value}; it must be above 0 and at most {_MAX_SECONDS:.0f} seconds")
 
 
+def _check_endpoint(value: str) -> None:
+    if not value:
+        return
+    try:
+        parts = urlsplit(value)
+        is_good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ConfigError(
+            f"otlp_endpoint is {value!r}; it must be http://HOST:PORT or https://HOST:PORT of an OTLP collector "
+            "that speaks gRPC (port 4317, most often)"
+        )
+
+
 def _check_range(name: str, value: int, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -162,6 +182,9 @@ Config = TypeVar("Config", bound=MasterConfig | WorkerConfig | ServeConfig)
 
 _TABLES: Mapping[type, str] = {MasterConfig: "master", WorkerConfig: "worker", ServeConfig: "serve"}
 _PREFIXES: Mapping[type, str] = {ServeConfig: "SHARDWRIGHT_SERVE_"}
+
+_OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""OpenTelemetry's own, for all programs of a machine: heeded where nothing else is said."""
 
 
 def read_config(
@@ -190,6 +213,8 @@ def read_config(
         if variable in environ:
             values[name] = _convert(environ[variable], hint, variable)
     values |= {name: _convert(value, hints[name], name) for name, value in flags.items() if value is not None}
+    if "otlp_endpoint" in hints and "otlp_endpoint" not in values:
+        values["otlp_endpoint"] = next((environ[name] for name in _OTLP_VARIABLES if environ.get(name)), "")
     return kind(**values)  # type: ignore[arg-type]
 
 
