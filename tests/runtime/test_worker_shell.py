@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from shardwright.errors import LinkLostError, ShardwrightError
+from shardwright.errors import LinkLostError, ShardwrightError, WorkerUnreachableError
 from shardwright.model import stage as stage_module
 from shardwright.model.stage import StageOutput
+from shardwright.runtime import worker as worker_module
+from shardwright.runtime.measure import Speed
 from shardwright.runtime.raw_source import BlobsBeside, blob_spec
 from shardwright.runtime.tensor_cache import TensorCache
 from shardwright.runtime.weight_receiver import WeightReceiver
@@ -24,13 +27,18 @@ from shardwright.transport.base import Listener, WorkerClient
 from shardwright.transport.memory import MemoryTransport
 from shardwright.types import (
     VOCABULARY_TENSOR,
+    HeartbeatReport,
     LayerRange,
+    LinkReport,
+    MachineMeasures,
     PromptScores,
     SamplingParams,
     SequenceSlice,
     StageAssignment,
     StageLoad,
     StepInput,
+    StepPhase,
+    StepTrace,
     TensorSpec,
     TokenOut,
     TokenScore,
@@ -65,6 +73,8 @@ class FakeStage:
     threads: set[str] = field(default_factory=set)
     fails_at: int | None = None
     closed: bool = False
+    passes_on: bool = False  # gives the next stage a tensor of 32 bytes
+    received: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.open_.set()
@@ -77,10 +87,37 @@ class FakeStage:
         self.steps.append(step)
         if step.step == self.fails_at:
             raise ArithmeticError("no such number")
+        self.received.append(tensors)
+        if self.passes_on:
+            return StageOutput(tensors={"hidden": torch.full((1, 2, 4), float(step.step))}, tokens=(), prompt_scores=())
         return StageOutput(tensors={}, tokens=tokens_of(step), prompt_scores=scores_of(step))
 
     def close(self) -> None:
         self.closed = True
+
+
+@dataclass
+class FakeProbe:
+    """A machine without a GPU that takes its time when it is asked to."""
+
+    slowness_s: float = 0.0
+    threads: list[str] = field(default_factory=list)  # that measured
+
+    def report(self, **counters: object) -> HeartbeatReport:
+        time.sleep(self.slowness_s)
+        return HeartbeatReport(
+            timestamp=5.0, device="cpu", device_name="fake", gpu_utilization=None, gpu_memory_used_bytes=None,
+            gpu_memory_total_bytes=None, cpu_utilization=1.0, memory_used_bytes=1, memory_total_bytes=2,
+            process_memory_bytes=3, **counters,
+        )  # fmt: skip
+
+    def measure_speed(self, dtype: str) -> Speed:
+        self.threads.append(threading.current_thread().name)
+        return Speed(read_bandwidth=7.0, matrix_rate={"float32": 1.0, "bfloat16": 2.0}[dtype])
+
+    def measure_disk(self) -> float | None:
+        self.threads.append(threading.current_thread().name)
+        return None
 
 
 def tokens_of(step: StepInput) -> tuple[TokenOut, ...]:
@@ -129,6 +166,8 @@ class Running:
     """A worker that listens, and what a master has of it."""
 
     shell: WorkerShell
+    transport: MemoryTransport
+    probe: FakeProbe
     receiver: WeightReceiver
     listener: Listener
     client: WorkerClient
@@ -144,8 +183,10 @@ class Running:
         await self.shell.close()
         await self.receiver.close()
 
-    async def load(self, *, vocabulary: bytes | None = None, epoch: int = 1) -> WeightsNeeded:
-        """Load the stage as a session does; gives what had to be sent."""
+    async def load(
+        self, *, vocabulary: bytes | None = None, epoch: int = 1, next_worker: Running | None = None, index: int = 0
+    ) -> WeightsNeeded:
+        """Load the stage as a session does; gives what had to be sent. With a next worker it is the first of two."""
         weight = TensorSpec(
             name="weight", dtype="U8", shape=(len(WEIGHT),), num_bytes=len(WEIGHT),
             sha256=hashlib.sha256(WEIGHT).hexdigest(),
@@ -153,14 +194,14 @@ class Running:
         blobs = {} if vocabulary is None else {VOCABULARY_TENSOR: vocabulary}
         load = StageLoad(
             assignment=StageAssignment(
-                epoch=epoch, worker_id="w", stage_index=0, num_stages=1, layers=LayerRange(0, 2),
-                num_blocks=4, block_size=4, next_worker_id=None,
+                epoch=epoch, worker_id="w", stage_index=index, num_stages=2 if next_worker else index + 1,
+                layers=LayerRange(0, 2), num_blocks=4, block_size=4, next_worker_id="w2" if next_worker else None,
             ),
             model_config="{}",
             dtype="float32",
             tensors=(weight, *(blob_spec(name, blob) for name, blob in blobs.items())),
             file_hints=(),
-            next_address="",
+            next_address=next_worker.listener.address if next_worker else "",
         )  # fmt: skip
         heard: list[object] = []
         await send_stage(self.client, load, BlobsBeside(self.checkpoint, blobs), heard.append)
@@ -172,8 +213,8 @@ class Running:
 def start(tmp_path, monkeypatch) -> Callable[[], Awaitable[Running]]:
     """Starts a worker whose stages are fake."""
 
-    async def start_worker() -> Running:
-        stage, built = FakeStage(), []
+    async def start_worker(transport: MemoryTransport | None = None) -> Running:
+        stage, built, probe = FakeStage(), [], FakeProbe()
 
         def build_stage(*, raw, vocabulary, progress, **_):
             built.append(Built(vocabulary, dict(raw.specs), bytes(raw.read("weight"))))
@@ -182,15 +223,15 @@ def start(tmp_path, monkeypatch) -> Callable[[], Awaitable[Running]]:
             return stage
 
         monkeypatch.setattr(stage_module, "build_stage", build_stage)
-        transport = MemoryTransport()
+        transport = transport or MemoryTransport()
         compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         receiver = WeightReceiver(TensorCache(tmp_path, limit_bytes=1 << 30), cache_dir=tmp_path)
         shell = WorkerShell(
-            device="cpu", num_threads=1, compute=compute, probe=None, receiver=receiver, transport=transport
+            device="cpu", num_threads=1, compute=compute, probe=probe, receiver=receiver, transport=transport
         )
         listener = await transport.serve("127.0.0.1:0", shell)
         client = transport.connect(listener.address)
-        return Running(shell, receiver, listener, client, compute, stage, built, Checkpoint())
+        return Running(shell, transport, probe, receiver, listener, client, compute, stage, built, Checkpoint())
 
     return start_worker
 
@@ -200,6 +241,19 @@ async def worker(start) -> AsyncIterator[Running]:
     running = await start()
     yield running
     await running.close()
+
+
+@pytest.fixture
+async def pair(start) -> AsyncIterator[tuple[Running, Running]]:
+    """Two workers whose stages are loaded, the first before the second."""
+    second = await start()
+    await second.load(index=1)
+    first = await start(second.transport)
+    first.stage.passes_on = True
+    await first.load(next_worker=second)
+    yield first, second
+    await first.close()
+    await second.close()
 
 
 class Link:
@@ -350,3 +404,199 @@ def test_a_step_that_is_done_after_the_event_loop_has_ended_disturbs_nobody(star
     worker.compute.shutdown()
     assert [done.step for done in worker.stage.steps] == [1]
     assert not caplog.records
+
+
+# --- what a worker tells of itself -----------------------------------------------------------------------------
+
+
+async def run_steps(worker: Running, numbers: range, *, results: Running | None = None) -> None:
+    """Steps through a pipeline that begins at `worker` and whose last stage is `results`, to their end."""
+    stream = (results or worker).client.tokens(1)
+    link = Link(worker.client)
+    link.send(*(step(number) for number in numbers), None)
+    replies = asyncio.ensure_future(collect(link.replies))
+    for _ in numbers:
+        await asyncio.wait_for(anext(stream), T)
+    await stream.aclose()
+    await replies
+
+
+async def collect(replies: AsyncIterator[object]) -> list[object]:
+    return [reply async for reply in replies]
+
+
+def in_order(trace: StepTrace) -> bool:
+    return trace.arrived_s <= trace.started_s <= trace.finished_s <= trace.sent_s
+
+
+async def test_a_heartbeat_tells_the_steps_since_the_last_one(worker):
+    await worker.load()
+    before = await worker.client.heartbeat(timeout_s=T, traces_since=0)
+    assert (before.traces, before.next_trace, before.steps_done) == ((), 0, 0)
+    await run_steps(worker, range(1, 4))
+    report = await worker.client.heartbeat(timeout_s=T, traces_since=before.next_trace)
+    assert [(trace.epoch, trace.step, trace.num_sequences, trace.num_tokens) for trace in report.traces] == [
+        (1, number, 2, 2) for number in (1, 2, 3)
+    ]
+    assert all(in_order(trace) and trace.bytes_in == trace.bytes_out == 0 for trace in report.traces)
+    assert before.clock_sent_s <= report.traces[0].arrived_s
+    assert report.traces[-1].sent_s <= report.clock_received_s <= report.clock_sent_s
+    assert (report.next_trace, report.steps_done) == (3, 3)
+    assert {times.phase: sum(times.counts) for times in report.phases} == {
+        phase: 2 if phase is StepPhase.WAIT else 3 for phase in StepPhase
+    }
+    again = await worker.client.heartbeat(timeout_s=T, traces_since=report.next_trace)
+    assert (again.traces, again.next_trace, again.phases) == ((), 3, report.phases)
+
+
+async def test_timings_are_only_for_who_asks_for_traces(worker):
+    """Another process that looks on takes nothing away from the master."""
+    await worker.load()
+    await run_steps(worker, range(1, 3))
+    looker = await worker.client.heartbeat(timeout_s=T)
+    assert (looker.timings, looker.traces, looker.next_trace, looker.steps_done) == ((), (), 2, 2)
+    master = await worker.client.heartbeat(timeout_s=T, traces_since=0)
+    assert sum(timing.count for timing in master.timings) == 2
+    assert (await worker.client.heartbeat(timeout_s=T, traces_since=2)).timings == ()
+
+
+async def test_the_time_that_the_machine_takes_to_answer_lies_between_the_clocks(worker):
+    worker.probe.slowness_s = 0.05
+    report = await worker.client.heartbeat(timeout_s=T)
+    assert report.clock_sent_s - report.clock_received_s >= 0.05
+
+
+async def test_a_report_tells_what_the_stage_holds_and_where_its_weights_came_from(worker):
+    empty = await worker.client.heartbeat(timeout_s=T)
+    assert (empty.epoch, empty.weight_bytes, empty.kv_bytes, empty.link) == (0, 0, 0, None)
+    assert dict(empty.loaded_bytes) == {"disk": 0, "cache": 0, "network": 0}
+    assert worker.shell.layers is None
+    await worker.load()
+    report = await worker.client.heartbeat(timeout_s=T)
+    assert (report.epoch, report.weight_bytes, report.kv_bytes, report.link) == (1, 1, 2, None)
+    assert dict(report.loaded_bytes) == {"disk": 0, "cache": 0, "network": len(WEIGHT)}
+    assert worker.shell.layers == LayerRange(0, 2)
+    await worker.load(epoch=2)
+    report = await worker.client.heartbeat(timeout_s=T)
+    assert dict(report.loaded_bytes) == {"disk": 0, "cache": len(WEIGHT), "network": len(WEIGHT)}
+
+
+async def test_a_link_tells_what_went_over_it_and_how_far_its_end_is(pair, monkeypatch):
+    monkeypatch.setattr(worker_module, "PING_INTERVAL_S", 0.01)
+    first, second = pair
+    unused = LinkReport(peer="w2", bytes_sent=0, steps_sent=0, round_trip_s=None)
+    assert (await first.client.heartbeat(timeout_s=T)).link == unused
+    results = second.client.tokens(1)
+    link = Link(first.client)
+    link.send(step(1), step(2), step(3))
+    replies = asyncio.ensure_future(collect(link.replies))
+    for _ in range(3):
+        await asyncio.wait_for(anext(results), T)
+    async with asyncio.timeout(T):
+        while (report := await first.client.heartbeat(timeout_s=T, traces_since=0)).link.round_trip_s is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert (report.link.peer, report.link.bytes_sent, report.link.steps_sent) == ("w2", 96, 3)
+    assert 0 < report.link.round_trip_s < T
+    assert [(trace.bytes_in, trace.bytes_out) for trace in report.traces] == [(0, 32)] * 3
+    ahead = await second.client.heartbeat(timeout_s=T, traces_since=0)
+    assert [(trace.bytes_in, trace.bytes_out) for trace in ahead.traces] == [(32, 0)] * 3
+    assert ahead.link is None
+    # One process has one clock: each step left the first stage before it came to the second.
+    assert all(left.sent_s <= came.arrived_s for left, came in zip(report.traces, ahead.traces, strict=True))
+    link.send(None)
+    await replies  # the sender of the steps is gone, so the link behind is closed, and with it its pings
+    await results.aclose()
+    await eventually(lambda: not [task for task in asyncio.all_tasks() if task.get_name().startswith("pings")])
+    assert (await first.client.heartbeat(timeout_s=T)).link == unused
+
+
+async def test_a_ping_that_is_never_answered_holds_up_no_step(pair, monkeypatch):
+    monkeypatch.setattr(worker_module, "PING_INTERVAL_S", 0.0)
+    first, second = pair
+    asked = asyncio.Event()
+
+    async def ping(data: bytes, reply_bytes: int) -> bytes:
+        del data, reply_bytes
+        asked.set()
+        return await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(second.shell, "ping", ping)
+    results = second.client.tokens(1)
+    link = Link(first.client)
+    replies = asyncio.ensure_future(collect(link.replies))
+    link.send(step(1))
+    assert (await asyncio.wait_for(anext(results), T)).step == 1
+    await asyncio.wait_for(asked.wait(), T)
+    link.send(step(2))
+    assert (await asyncio.wait_for(anext(results), T)).step == 2
+    assert (await first.client.heartbeat(timeout_s=T)).link.round_trip_s is None
+    link.send(None)
+    await replies
+    await results.aclose()
+
+
+async def test_errors_are_counted_by_kind(pair):
+    first, second = pair
+    stranger = Link(first.client)
+    stranger.send(step(1, epoch=7))
+    assert "the stage is of epoch 1" in (await asyncio.wait_for(anext(stranger.replies), T)).reason
+    await stranger.replies.aclose()
+    await eventually(lambda: dict(first.shell.report().errors) == {"StaleEpochError": 1, "LinkLostError": 1})
+    second.stage.fails_at = 1
+    link = Link(first.client)
+    link.send(step(1))
+    assert "no such number" in (await asyncio.wait_for(anext(link.replies), T)).reason
+    await eventually(lambda: dict(second.shell.report().errors) == {"ArithmeticError": 1})
+    await second.listener.close(grace_s=0)
+    await eventually(lambda: dict(first.shell.report().errors) == {"StaleEpochError": 1, "LinkLostError": 2})
+    await link.replies.aclose()
+
+
+async def test_a_stage_that_can_not_be_built_counts_as_an_error(worker, monkeypatch):
+    def build_stage(**_: object) -> FakeStage:
+        raise MemoryError
+
+    monkeypatch.setattr(stage_module, "build_stage", build_stage)
+    with pytest.raises(ShardwrightError, match="MemoryError"):
+        await worker.load()
+    assert (await worker.client.heartbeat(timeout_s=T)).errors == (("MemoryError", 1),)
+
+
+async def test_a_report_takes_nothing_away(worker):
+    await worker.load()
+    await run_steps(worker, range(1, 3))
+    seen = [await asyncio.to_thread(worker.shell.report) for _ in range(2)]
+    assert [(report.steps_done, report.traces, report.timings) for report in seen] == [(2, (), ())] * 2
+    assert seen[0].phases == seen[1].phases
+    master = await worker.client.heartbeat(timeout_s=T, traces_since=0)
+    assert (len(master.traces), sum(timing.count for timing in master.timings)) == (2, 2)
+
+
+async def test_the_machine_is_measured_in_turn_with_steps(worker):
+    await worker.load()
+    worker.stage.open_.clear()
+    link = Link(worker.client)
+    link.send(step(1))
+    replies = asyncio.ensure_future(collect(link.replies))
+    await eventually(worker.stage.began.is_set)
+    measuring = asyncio.ensure_future(worker.client.measure_machine("bfloat16", timeout_s=T))
+    await asyncio.sleep(0.05)
+    assert not measuring.done()
+    assert worker.probe.threads == []
+    worker.stage.open_.set()
+    assert await measuring == MachineMeasures(
+        dtype="bfloat16", num_threads=1, read_bandwidth=7.0, matrix_rate=2.0, disk_bandwidth=None
+    )
+    assert worker.probe.threads[0] == "compute_0"
+    assert worker.probe.threads[1] != "compute_0"  # the disk holds up no step
+    link.send(None)
+    await replies
+
+
+async def test_a_worker_measures_its_way_to_another_one(pair):
+    first, second = pair
+    measures = await first.client.measure_link(second.listener.address, (0, 100_000), timeout_s=T)
+    assert [size for size, _ in measures.transfers] == [0, 100_000]
+    assert all(0 < seconds < T for seconds in (measures.round_trip_s, *(took for _, took in measures.transfers)))
+    with pytest.raises(WorkerUnreachableError, match=r"127\.0\.0\.1:9"):
+        await first.client.measure_link("127.0.0.1:9", (1,), timeout_s=T)

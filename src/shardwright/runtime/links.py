@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SMALL_PING: Final = bytes(8)
 PING_TIMEOUT_S: Final = 30.0
+PING_INTERVAL_S: Final = 1.0
+"""An open step link is timed so often."""
 
 _ROUND_TRIPS: Final = 15
 _TRANSFERS: Final = 5

@@ -29,15 +29,6 @@ MAX_SHAPES = 64
 # --- steps -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCounters:
-    """What a `StepClock` has counted. The sums are since the start, the timings since the last `take`."""
-
-    steps_done: int
-    busy_s: float
-    timings: tuple[StepTiming, ...]
-
-
 @dataclass(slots=True)
 class _Bucket:
     count: int = 0
@@ -47,20 +38,23 @@ class _Bucket:
 
 
 class StepClock:
-    """Adds up step times. The compute thread writes it and the event loop reads it; a lock keeps them apart."""
+    """Adds up step times. The compute thread writes it and the event loop takes timings; a lock keeps them apart.
+
+    `steps_done` and `busy_s` are sums since the start; any thread may read them.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._steps_done = 0
-        self._busy_s = 0.0
+        self.steps_done = 0
+        self.busy_s = 0.0
         self._buckets: dict[tuple[int, int, int], _Bucket] = {}
 
     def record(self, *, num_sequences: int, num_tokens: int, seconds: float, concurrency: int = 1) -> None:
         """One step was computed, while so many stages of the device were meant to compute."""
         key = (concurrency, _bucket(num_sequences), _bucket(num_tokens))
         with self._lock:
-            self._steps_done += 1
-            self._busy_s += seconds
+            self.steps_done += 1
+            self.busy_s += seconds
             bucket = self._buckets.get(key)
             if bucket is None:
                 if len(self._buckets) == MAX_SHAPES:
@@ -71,12 +65,11 @@ class StepClock:
             bucket.tokens += num_tokens
             bucket.seconds += seconds
 
-    def take(self) -> StepCounters:
-        """The counters now; the timings begin anew."""
+    def take(self) -> tuple[StepTiming, ...]:
+        """Mean times by shape since they were taken last; they begin anew."""
         with self._lock:
             buckets, self._buckets = self._buckets, {}
-            steps_done, busy_s = self._steps_done, self._busy_s
-        timings = tuple(
+        return tuple(
             StepTiming(
                 num_sequences=round(b.sequences / b.count),
                 num_tokens=round(b.tokens / b.count),
@@ -86,7 +79,6 @@ class StepClock:
             )
             for key, b in sorted(buckets.items())
         )
-        return StepCounters(steps_done=steps_done, busy_s=busy_s, timings=timings)
 
 
 def _bucket(count: int) -> int:

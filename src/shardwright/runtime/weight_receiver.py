@@ -32,7 +32,7 @@ from shardwright.runtime.tensor_cache import (
     read_chunks,
 )
 from shardwright.runtime.tensor_hashes import MAX_THREADS, FileIdentity, TensorFiles, hash_tensors
-from shardwright.types import FileHint, StageLoad, TensorSpec
+from shardwright.types import WEIGHT_SOURCES, FileHint, StageLoad, TensorSpec
 from shardwright.wire.messages import (
     LoadBegin,
     LoadMessage,
@@ -137,8 +137,17 @@ class WeightReceiver:
         self._open_file = open_file or _open_weight_file
         self._num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._current: asyncio.Task[ReceivedTensors] | None = None
+        self._loaded_bytes = dict.fromkeys(WEIGHT_SOURCES, 0)
         self._switch = asyncio.Lock()
         self._pin: CachePin | None = None  # of the present stage, or of a load that failed and may be tried again
+
+    @property
+    def loaded_bytes(self) -> tuple[tuple[str, int], ...]:
+        """Bytes of weights found in own files and in the cache, and received, since this receiver was made.
+
+        May be read from any thread.
+        """
+        return tuple(self._loaded_bytes.items())
 
     async def receive(
         self,
@@ -178,7 +187,7 @@ class WeightReceiver:
         incoming: AsyncIterator[LoadMessage],
         send: Callable[[LoadReply], Awaitable[None]],
     ) -> ReceivedTensors:
-        loading = _Loading(self._cache, _check_specs(load.tensors), send, self._num_threads)
+        loading = _Loading(self._cache, _check_specs(load.tensors), send, self._num_threads, self._loaded_bytes)
         try:
             await loading.search_files(load.file_hints, functools.partial(self._match_hint, load))
             await self._pin_only(loading.missing)
@@ -238,6 +247,7 @@ class _Loading:
         specs: Mapping[str, TensorSpec],
         send: Callable[[LoadReply], Awaitable[None]],
         num_threads: int,
+        loaded_bytes: dict[str, int],
     ) -> None:
         self.found: dict[str, _Range] = {}
         self.stop = threading.Event()
@@ -246,6 +256,7 @@ class _Loading:
         self._missing = {sha256: spec for sha256, spec in specs.items() if spec.num_bytes > 0}
         self._total_bytes = sum(spec.num_bytes for spec in self._missing.values())
         self._done_bytes = 0
+        self._loaded_bytes = loaded_bytes  # by source; the receiver's
         self._from_disk = 0
         self._from_cache = 0
         self._partials: dict[str, PartialTensor] = {}
@@ -270,7 +281,9 @@ class _Loading:
             ranges = await self._look_into(hint, match_hint)
             self._hashed_bytes = 0
             for sha256 in ranges.keys() & self._missing.keys():
-                self._from_disk += self._take_from(sha256, ranges[sha256])
+                size = self._take_from(sha256, ranges[sha256])
+                self._from_disk += size
+                self._loaded_bytes["disk"] += size
             await self._report()
 
     async def search_cache(self) -> None:
@@ -280,7 +293,9 @@ class _Loading:
         for check in asyncio.as_completed(checks):
             sha256, place = await check
             if place is not None:
-                self._from_cache += self._take_from(sha256, place)
+                size = self._take_from(sha256, place)
+                self._from_cache += size
+                self._loaded_bytes["cache"] += size
                 await self._report()
 
     async def ask(self) -> None:
@@ -378,7 +393,9 @@ class _Loading:
                 raise ProtocolError(f"tensor {spec.name}: a chunk at offset {chunk.offset}, expected 0")
             partial = self._partials[chunk.sha256] = self._cache.begin(spec)
         partial.write(chunk.offset, chunk.data)
-        self._done_bytes += memoryview(chunk.data).nbytes
+        size = memoryview(chunk.data).nbytes
+        self._done_bytes += size
+        self._loaded_bytes["network"] += size
         if partial.is_complete:
             self._finish(partial)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -46,19 +47,24 @@ from shardwright.errors import (
     ShardwrightError,
     StaleEpochError,
 )
-from shardwright.runtime.links import measure_link
+from shardwright.runtime.links import PING_INTERVAL_S, measure_link, round_trip
+from shardwright.runtime.measure import wait_for
+from shardwright.runtime.step_recorder import ErrorCounter, StepRecorder, Transit
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
 from shardwright.types import (
     VOCABULARY_TENSOR,
     Epoch,
     HeartbeatReport,
+    LayerRange,
     LinkMeasures,
+    LinkReport,
     MachineMeasures,
     PromptScores,
     StageLoad,
     StepId,
     StepTiming,
+    StepTrace,
     TokenOut,
     WorkerDescription,
     WorkerId,
@@ -76,6 +82,7 @@ from shardwright.wire.messages import (
     StepReply,
     StepResult,
     StepTrouble,
+    TensorFrame,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +98,9 @@ LINK_WINDOW = 32
 
 ACK_INTERVAL = LINK_WINDOW // 4
 """Steps for which one acknowledgement goes back: each would wake a process whose cores the next stage now uses."""
+
+NUM_ROUND_TRIPS = 5
+"""Last pings of a link; the fastest is told."""
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -111,6 +121,11 @@ class WeightReceiver(Protocol):
         send: Callable[[LoadReply], Awaitable[None]],
     ) -> ReceivedTensors:
         """All tensors of the stage, ready to be read one at a time."""
+        ...
+
+    @property
+    def loaded_bytes(self) -> tuple[tuple[str, int], ...]:
+        """Bytes of weights by where they came from, since the process began."""
         ...
 
 
@@ -144,10 +159,19 @@ class MachineProbe(Protocol):
 
 
 @dataclass(slots=True)
+class _ArrivedStep:
+    """A step that waits for the compute thread."""
+
+    message: StepMessage
+    arrived_s: float
+
+
+@dataclass(slots=True)
 class _ComputedStep:
     """What a step's computation left behind, waiting to be sent on."""
 
     message: StepMessage  # for the next stage: the step as it came, with this stage's tensors
+    transit: Transit
     tokens: tuple[TokenOut, ...]
     prompt_scores: tuple[PromptScores, ...]
 
@@ -160,33 +184,62 @@ class _HeldStage:
     stage: Stage
     clock: StepClock
     loaded_at: float
-    results: asyncio.Queue[StepResult | None] = field(default_factory=asyncio.Queue)
+    results: asyncio.Queue[tuple[StepResult, Transit] | None] = field(default_factory=asyncio.Queue)
     next_link: _NextLink | None = None
+
+    def link_report(self) -> LinkReport | None:
+        """The link to the next stage as it is now; None on the last stage."""
+        link, peer = self.next_link, self.load.assignment.next_worker_id
+        if peer is None:
+            return None
+        if link is None:  # no step has gone there yet, or none will any more
+            return LinkReport(peer=peer, bytes_sent=0, steps_sent=0, round_trip_s=None)
+        return LinkReport(
+            peer=peer, bytes_sent=link.bytes_sent, steps_sent=link.steps_sent, round_trip_s=link.round_trip_s
+        )
 
 
 class _NextLink:
-    """The step link to the next stage: sends what is queued while credits last, passes replies on."""
+    """The step link to the next stage: sends what is queued while credits last, passes replies on, and is timed."""
 
     def __init__(
-        self, client: WorkerClient, on_reply: Callable[[StepReply], None], on_lost: Callable[[str], None]
+        self,
+        client: WorkerClient,
+        *,
+        on_sent: Callable[[Transit], None],
+        on_reply: Callable[[StepReply], None],
+        on_lost: Callable[[ShardwrightError], None],
     ) -> None:
+        self.bytes_sent = 0
+        self.steps_sent = 0
         self._client = client
+        self._on_sent = on_sent
         self._on_reply = on_reply
         self._on_lost = on_lost
-        self._queue: asyncio.Queue[StepMessage | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[_ComputedStep | None] = asyncio.Queue()
         self._credits = asyncio.Semaphore(LINK_WINDOW)
         self._acknowledged: StepId = 0
         self._closing = False
+        self._trips_s: deque[float] = deque(maxlen=NUM_ROUND_TRIPS)
         self._task = asyncio.create_task(self._run(), name=f"link to {client.address}")
+        self._pings = asyncio.create_task(self._ping(), name=f"pings to {client.address}")
 
-    def send(self, message: StepMessage) -> None:
+    @property
+    def round_trip_s(self) -> float | None:
+        """Of a small message: the fastest of the last few, which waited for nothing but the link."""
+        return min(tuple(self._trips_s), default=None)
+
+    def send(self, computed: _ComputedStep) -> None:
         """Queue a step; the master bounds how many there can be."""
-        self._queue.put_nowait(message)
+        self._queue.put_nowait(computed)
 
     async def _outgoing(self) -> AsyncIterator[StepMessage]:
-        while (message := await self._queue.get()) is not None:
+        while (computed := await self._queue.get()) is not None:
             await self._credits.acquire()
-            yield message
+            self.steps_sent += 1
+            self.bytes_sent += computed.transit.bytes_out
+            self._on_sent(computed.transit)
+            yield computed.message
 
     async def _run(self) -> None:
         try:
@@ -194,11 +247,19 @@ class _NextLink:
                 if isinstance(reply, StepAck):
                     self._take_credits(reply.step)
                 self._on_reply(reply)
-            reason = f"{self._client.address} closed the step link"
+            lost: ShardwrightError = LinkLostError(f"{self._client.address} closed the step link")
         except ShardwrightError as exc:
-            reason = str(exc)
+            lost = exc
+        self._pings.cancel()
         if not self._closing:
-            self._on_lost(reason)
+            self._on_lost(lost)
+
+    async def _ping(self) -> None:
+        """Time a few bytes now and then; they travel beside the steps, and a ping that fails is just not counted."""
+        while True:
+            await asyncio.sleep(PING_INTERVAL_S)
+            with contextlib.suppress(ShardwrightError):
+                self._trips_s.append(await round_trip(self._client))
 
     def _take_credits(self, step: StepId) -> None:
         """Steps are numbered from 1 without a gap: one credit for each since the last acknowledgement."""
@@ -210,8 +271,8 @@ class _NextLink:
         """End the stream and the connection; what is still queued is void."""
         self._closing = True
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        self._pings.cancel()
+        await asyncio.wait((self._task, self._pings))
         await self._client.close()
 
 
@@ -227,7 +288,7 @@ class WorkerShell:
         probe: MachineProbe,
         receiver: WeightReceiver,
         transport: Transport,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
         self._num_threads = num_threads
@@ -238,7 +299,9 @@ class WorkerShell:
         self._now = clock
         self._state = WorkerState()
         self._held: _HeldStage | None = None
-        self._inbox: dict[StepKey, StepMessage] = {}
+        self._recorder = StepRecorder()
+        self._errors = ErrorCounter()
+        self._inbox: dict[StepKey, _ArrivedStep] = {}
         self._outbox: dict[StepKey, _ComputedStep] = {}
         self._senders: dict[Epoch, asyncio.Queue[StepReply | None]] = {}  # the link of the epoch's steps
         self._load_starts: dict[Epoch, asyncio.Event] = {}
@@ -263,18 +326,48 @@ class WorkerShell:
 
     async def heartbeat(self, traces_since: int | None = None) -> HeartbeatReport:
         """The worker's state now; the machine is asked off the event loop, since NVML may be slow."""
-        del traces_since
+        received_s = self._now()
         held = self._held
-        counters = held.clock.take() if held else None
-        return await asyncio.to_thread(
-            self._probe.report,
+        timings: tuple[StepTiming, ...] = ()
+        traces: tuple[StepTrace, ...] = ()
+        next_trace = self._recorder.num_traces
+        if traces_since is not None:
+            timings = held.clock.take() if held is not None else ()
+            traces, next_trace = self._recorder.traces(traces_since)
+        report = await asyncio.to_thread(self.report, timings=timings)
+        return replace(
+            report, traces=traces, next_trace=next_trace, clock_received_s=received_s, clock_sent_s=self._now()
+        )
+
+    def report(self, *, timings: tuple[StepTiming, ...] = ()) -> HeartbeatReport:
+        """All counters now, without traces and clocks; takes nothing away. Blocks while the machine is asked.
+
+        May be called from any thread: what it reads of the event loop's is read whole, if not all at one moment.
+        """
+        held = self._held
+        report = self._probe.report(
             epoch=held.load.assignment.epoch if held else 0,
             queue_depth=self._state.queue_depth,
-            steps_done=counters.steps_done if counters else 0,
-            busy_s=counters.busy_s if counters else 0.0,
+            steps_done=held.clock.steps_done if held else 0,
+            busy_s=held.clock.busy_s if held else 0.0,
             uptime_s=self._now() - held.loaded_at if held else 0.0,
-            timings=counters.timings if counters else (),
+            timings=timings,
         )
+        return replace(
+            report,
+            weight_bytes=held.stage.weight_bytes if held else 0,
+            kv_bytes=held.stage.kv_bytes if held else 0,
+            phases=self._recorder.phases(),
+            link=held.link_report() if held else None,
+            errors=self._errors.counts(),
+            loaded_bytes=self._receiver.loaded_bytes,
+        )
+
+    @property
+    def layers(self) -> LayerRange | None:
+        """Of the stage that is held. May be read from any thread."""
+        held = self._held
+        return held.load.assignment.layers if held is not None else None
 
     async def release(self, epoch: Epoch) -> None:
         """Drop the stage of this epoch, if it is still held."""
@@ -352,7 +445,8 @@ class WorkerShell:
         if held is None or held.load.assignment.epoch != message.step.epoch:
             has = f"epoch {held.load.assignment.epoch}" if held else "no stage"
             raise StaleEpochError(f"step {message.step.step} names epoch {message.step.epoch}; this worker has {has}")
-        computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, message)
+        step = _ArrivedStep(message, self._now())
+        computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, step)
         return LayerResult(
             tensors=computed.message.tensors, tokens=computed.tokens, prompt_scores=computed.prompt_scores
         )
@@ -366,7 +460,9 @@ class WorkerShell:
             raise ProtocolError(f"stage {held.load.assignment.stage_index} is not the last one: it has no tokens")
         self._open_links += 1
         try:
-            while (result := await held.results.get()) is not None:
+            while (item := await held.results.get()) is not None:
+                result, transit = item
+                self._recorder.record(transit, self._now())
                 yield result
         finally:
             self._open_links -= 1
@@ -407,6 +503,7 @@ class WorkerShell:
             case DropStep():
                 self._forget((effect.epoch, effect.step))
             case RefuseStep():
+                self._errors.add(ProtocolError if effect.epoch == self._state.epoch else StaleEpochError)
                 self._reply(self._trouble(effect.epoch, effect.step, effect.reason))
                 if not self._is_duplicate:  # a step that came twice: the first may still wait its turn
                     self._forget((effect.epoch, effect.step))
@@ -445,6 +542,7 @@ class WorkerShell:
             raw = await self._receiver.receive(load, incoming, replies.put)
             stage = await self._build(load, raw, replies)
             self._lost_next = None
+            self._recorder.begin_stage()
             self._held = _HeldStage(load=load, stage=stage, clock=StepClock(), loaded_at=self._now())
             self._handle(LoadFinished(epoch=epoch))
             if self._state.epoch != epoch:  # replaced or released while it was built
@@ -453,10 +551,12 @@ class WorkerShell:
             await replies.put(
                 LoadDone(weight_bytes=stage.weight_bytes, kv_bytes=stage.kv_bytes, load_s=self._now() - began)
             )
-        except LinkLostError:
+        except LinkLostError as exc:
+            self._errors.add(type(exc))
             self._interrupted = epoch  # the master will call again, or is gone; what arrived stays in the cache
         except Exception as exc:  # the top of the load's task: whatever went wrong becomes an event
             reason = str(exc) or type(exc).__name__
+            self._errors.add(type(exc))
             log.warning("stage of epoch %d could not be built: %s", epoch, reason, exc_info=exc)
             self._handle(LoadFailed(epoch=epoch, reason=reason))
             await replies.put(LoadRefused(reason=reason))
@@ -555,19 +655,24 @@ class WorkerShell:
     async def _read_steps(self, incoming: AsyncIterator[StepMessage], replies: asyncio.Queue[StepReply | None]) -> None:
         try:
             async for message in incoming:
+                arrived_s = self._now()
                 key = (message.step.epoch, message.step.step)
                 self._is_duplicate = key in self._inbox
-                self._inbox.setdefault(key, message)
+                self._inbox.setdefault(key, _ArrivedStep(message, arrived_s))
                 self._senders[key[0]] = replies
                 self._handle(StepArrived(epoch=key[0], step=key[1]))
         except LinkLostError as exc:
+            self._errors.add(type(exc))
             log.info("a step link broke: %s", exc)
+        except ProtocolError as exc:
+            self._errors.add(type(exc))
+            raise
         finally:
             replies.put_nowait(None)
 
     def _start_compute(self, key: StepKey) -> None:
         held = self._held
-        message = self._inbox.pop(key)
+        step = self._inbox.pop(key)
         assert held is not None, "a step is computed only while a stage is held"
         loop = asyncio.get_running_loop()
 
@@ -577,13 +682,14 @@ class WorkerShell:
                 loop.call_soon_threadsafe(self._on_computed, key, future)
 
         # Straight to the thread and straight back: a task in between would cost a turn of the loop at each end.
-        self._compute.submit(self._forward, held, message).add_done_callback(tell)
+        self._compute.submit(self._forward, held, step).add_done_callback(tell)
 
     def _on_computed(self, key: StepKey, future: Future[_ComputedStep]) -> None:
         if self._closed:
             return
         exc = future.exception()  # the top of the step: whatever went wrong becomes an event
         if exc is not None:
+            self._errors.add(type(exc))
             log.error("step %d of epoch %d failed", key[1], key[0], exc_info=exc)
             self._handle(StepErrored(epoch=key[0], step=key[1], reason=f"{type(exc).__name__}: {exc}"))
             return
@@ -591,23 +697,50 @@ class WorkerShell:
         self._handle(StepComputed(epoch=key[0], step=key[1]))
         self._forget(key)
 
-    def _forward(self, held: _HeldStage, message: StepMessage) -> _ComputedStep:
+    def _forward(self, held: _HeldStage, step: _ArrivedStep) -> _ComputedStep:
         """Runs on the compute thread."""
-        began = time.perf_counter()
+        started_s = self._now()
+        message = step.message
         concurrency = min(message.step.steps_in_flight, held.load.assignment.num_sharing)
         self._set_threads(max(self._num_threads // concurrency, 1))
+        preparing_s = self._now()
         tensors = {frame.name: tensor_from_frame(frame) for frame in message.tensors}
+        computing_s = self._now()
         output = held.stage.forward(message.step, tensors)
+        if output.tensors and self._device != "cpu":
+            self._wait_for_device()  # or the copy to the CPU would wait for it, and count as serialising
+        computed_s = self._now()
         frames = tuple(frame_from_tensor(name, tensor) for name, tensor in output.tensors.items())
+        finished_s = self._now()
+        num_sequences, num_tokens = len(message.step.slices), message.step.num_tokens
         held.clock.record(
-            num_sequences=len(message.step.slices),
-            num_tokens=message.step.num_tokens,
-            seconds=time.perf_counter() - began,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            seconds=finished_s - started_s,
             concurrency=concurrency,
         )
         return _ComputedStep(
-            message=replace(message, tensors=frames), tokens=output.tokens, prompt_scores=output.prompt_scores
+            message=replace(message, tensors=frames),
+            transit=Transit(
+                epoch=message.step.epoch,
+                step=message.step.step,
+                num_sequences=num_sequences,
+                num_tokens=num_tokens,
+                arrived_s=step.arrived_s,
+                started_s=started_s,
+                finished_s=finished_s,
+                serialise_s=(computing_s - preparing_s) + (finished_s - computed_s),
+                bytes_in=_num_bytes(message.tensors),
+                bytes_out=_num_bytes(frames),
+            ),
+            tokens=output.tokens,
+            prompt_scores=output.prompt_scores,
         )
+
+    def _wait_for_device(self) -> None:
+        import torch
+
+        wait_for(torch.device(self._device))
 
     def _set_threads(self, count: int) -> None:
         """Compute with so many threads from now on. Called on the compute thread, which alone computes."""
@@ -622,8 +755,13 @@ class WorkerShell:
         assert held is not None, "only a held stage forwards"
         if held.next_link is None:
             client = self._transport.connect(held.load.next_address)
-            held.next_link = _NextLink(client, self._on_next_reply, lambda why: self._on_next_lost(key[0], why))
-        held.next_link.send(self._outbox.pop(key).message)
+            held.next_link = _NextLink(
+                client,
+                on_sent=lambda transit: self._recorder.record(transit, self._now()),
+                on_reply=self._on_next_reply,
+                on_lost=lambda why: self._on_next_lost(key[0], why),
+            )
+        held.next_link.send(self._outbox.pop(key))
 
     def _close_next_link(self, epoch: Epoch) -> None:
         """Who sent the epoch's steps is gone, so none comes any more: the next stage's worker is free for others."""
@@ -637,17 +775,21 @@ class WorkerShell:
         if isinstance(reply, StepTrouble):
             self._reply(reply)
 
-    def _on_next_lost(self, epoch: Epoch, reason: str) -> None:
+    def _on_next_lost(self, epoch: Epoch, lost: ShardwrightError) -> None:
+        self._errors.add(type(lost))
         held = self._held
         if held is None or held.load.assignment.epoch != epoch:
             return
         self._lost_next = held.load.assignment.next_worker_id
-        self._handle(NextLinkLost(epoch=epoch, reason=reason))
+        self._handle(NextLinkLost(epoch=epoch, reason=str(lost)))
 
     def _publish(self, key: StepKey) -> None:
         held = self._held
         assert held is not None, "only a held stage publishes"
         computed = self._outbox.pop(key)
-        held.results.put_nowait(
-            StepResult(epoch=key[0], step=key[1], tokens=computed.tokens, prompt_scores=computed.prompt_scores)
-        )
+        result = StepResult(epoch=key[0], step=key[1], tokens=computed.tokens, prompt_scores=computed.prompt_scores)
+        held.results.put_nowait((result, computed.transit))
+
+
+def _num_bytes(frames: tuple[TensorFrame, ...]) -> int:
+    return sum(memoryview(frame.data).nbytes for frame in frames)

@@ -49,9 +49,9 @@ def read_traces(source: pb.StepTraces) -> tuple[StepTrace, ...]:
         source.epochs, source.steps, source.num_sequences, source.num_tokens, source.arrived_s, source.started_s,
         source.finished_s, source.sent_s, source.serialise_s, source.bytes_in, source.bytes_out,
     )  # fmt: skip
-    for field, column in zip(source.DESCRIPTOR.fields, columns, strict=True):
+    for name, column in zip(pb.StepTraces.DESCRIPTOR.fields_by_name, columns, strict=True):
         if len(column) != count:
-            raise ProtocolError(f"StepTraces.{field.name}: {len(column)} values for {count} steps")
+            raise ProtocolError(f"StepTraces.{name}: {len(column)} values for {count} steps")
     return tuple(_read_trace(source, index) for index in range(count)) if count else ()
 
 
@@ -87,7 +87,7 @@ def write_phase(times: PhaseTimes) -> pb.PhaseTimes:
 def read_phases(source: Sequence[pb.PhaseTimes]) -> tuple[PhaseTimes, ...]:
     """Raises `ProtocolError` for an unknown phase, one that comes twice, and other buckets than ours."""
     checks.at_most("HeartbeatReport.phases", len(source), len(_PHASES))
-    checks.distinct("HeartbeatReport.phases: phase", [times.phase for times in source])
+    checks.distinct("HeartbeatReport.phases: phase", [int(times.phase) for times in source])
     return tuple(_read_phase(times) for times in source)
 
 
