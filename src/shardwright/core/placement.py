@@ -30,7 +30,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwright.core.placement_costs import PlacementSettings, StageWeights
+from shardwright.core.placement_costs import PlacementSettings, StageWeights, seconds_per_byte
 from shardwright.core.placement_search import ATTO, Candidate, Found, find_best, latency
 from shardwright.errors import PlacementError
 from shardwright.types import LayerRange, ModelCosts, WorkerCapacity, WorkerId
@@ -127,12 +127,14 @@ def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple
         key = (worker.host_id, worker.device)
         bandwidth = max(w.read_bandwidth for w in groups[key])
         matrix_rate = max(w.matrix_rate for w in groups[key])
-        seconds_per_byte = max(1 / bandwidth, 2 / weights.costs.element_bytes / matrix_rate)
+        byte_s = seconds_per_byte(
+            read_bandwidth=bandwidth, matrix_rate=matrix_rate, element_bytes=weights.costs.element_bytes
+        )
         found.append(
             Candidate(
                 order=order,
                 capacity=worker,
-                atto_per_byte=max(round(seconds_per_byte * ATTO), 1),
+                atto_per_byte=max(round(byte_s * ATTO), 1),
                 atto_link=round(worker.link_delay_s * ATTO),
                 sharing=len(groups[key]),
                 device_limit=limits[key],

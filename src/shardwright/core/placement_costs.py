@@ -35,6 +35,17 @@ class PlacementSettings:
         return max(self.max_kv_tokens // self.block_size, self.min_blocks)
 
 
+def seconds_per_byte(
+    *, read_bandwidth: float, matrix_rate: float, element_bytes: int, num_tokens: float = 1.0
+) -> float:
+    """Time of a step for each byte of weights: read once, two operations for each weight and token.
+
+    Memory and arithmetic go on at the same time, so the slower of the two counts: the roofline model (Williams,
+    Waterman, Patterson: Roofline, CACM 52(4), 2009) with the weights as the only traffic.
+    """
+    return max(1 / read_bandwidth, 2 * num_tokens / element_bytes / matrix_rate)
+
+
 class StageWeights:
     """Bytes of any stage [start, end) in constant time, from running sums over the layers."""
 
@@ -55,10 +66,13 @@ class StageWeights:
             return layers + max(costs.embedding_bytes, costs.head_bytes)
         return layers + (costs.embedding_bytes if start == 0 else 0) + (costs.head_bytes if is_last else 0)
 
+    def of_layers(self, start: int, end: int) -> int:
+        """Weights of the layers alone."""
+        return self._layer_sum[end] - self._layer_sum[start]
+
     def streamed(self, start: int, end: int) -> int:
         """Weights that one decode step reads: all but the embedding."""
-        layers = self._layer_sum[end] - self._layer_sum[start]
-        return layers + (self.costs.head_bytes if end == self.num_layers else 0)
+        return self.of_layers(start, end) + (self.costs.head_bytes if end == self.num_layers else 0)
 
     def kv_per_block(self, start: int, end: int) -> int:
         """Bytes of one block in all of the stage's layers."""

@@ -27,6 +27,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
+from typing import Protocol
 
 from shardwright.types import StepTiming
 
@@ -247,9 +248,26 @@ def _beside(
     return read(curves[more]) * (min(_UNSEEN_ALONE * concurrency / more, 1.0) if hopeful else 1.0)
 
 
+class Pace(Protocol):
+    """What the choice needs to know of one stage: measured step by step, or predicted (`prediction.py`)."""
+
+    @property
+    def link_delay_s(self) -> float:
+        """One way, into this stage; the last token's way back to the master is in the first's."""
+        ...
+
+    def step_s(self, shape: StepShape, *, num_steps: int, hopeful: bool = True) -> float | None:
+        """The stage's time for such a step with so many steps in flight; None while it is not known."""
+        ...
+
+    def link_s(self, shape: StepShape) -> float:
+        """How long the link into this stage is taken by such a step, apart from its delay."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePace:
-    """What the choice needs to know of one stage."""
+    """A stage's pace, as its steps were measured."""
 
     num_sharing: int  # stages on its device, itself included
     times: StepTimes
@@ -299,7 +317,7 @@ def split(mix: Mix, *, num_steps: int, chunk_tokens: float) -> Shapes:
     return shapes
 
 
-def cycle_s(stages: Sequence[StagePace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
+def cycle_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
     """Seconds until each of these steps is back once, with all of them in flight; None when a stage is not measured."""
     num_steps = sum(shapes.values())
     trips = dict.fromkeys(shapes, 0.0)
@@ -318,9 +336,7 @@ def cycle_s(stages: Sequence[StagePace], shapes: Shapes, *, hopeful: bool = True
     return max(busiest_s, *trips.values())
 
 
-def choose_steps_in_flight(
-    stages: Sequence[StagePace], mix: Mix, *, chunk_tokens: TokensPerStep, current: int = 1
-) -> int:
+def choose_steps_in_flight(stages: Sequence[Pace], mix: Mix, *, chunk_tokens: TokensPerStep, current: int = 1) -> int:
     """The fewest steps in flight that no larger number beats by a margin, for what there is to compute.
 
     `chunk_tokens` is asked for the prompt tokens that one step may have, 0 where it can't have any. With a `current`
@@ -368,7 +384,7 @@ class _Worth:
     prompt_token_s: float
 
     @classmethod
-    def of(cls, stages: Sequence[StagePace], mix: Mix, chunk_tokens: float) -> _Worth | None:
+    def of(cls, stages: Sequence[Pace], mix: Mix, chunk_tokens: float) -> _Worth | None:
         """None when a stage was not measured for such a mix."""
         (shape,) = split(mix, num_steps=1, chunk_tokens=chunk_tokens)
         tokens = shape.num_sequences - mix.num_decodes + shape.prompt_tokens
