@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shardwright import __version__
-from shardwright.cli import api_key, bench_serve, cache, chat, cluster, generate, options, plan, serve
+from shardwright.cli import api_key, bench_serve, cache, chat, cluster, generate, grafana, options, plan, serve
 from shardwright.cli.bootstrap import start_with
 from shardwright.cli.console import leave, run_app
 from shardwright.runtime.threads import worker_environment
@@ -42,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (cluster, plan, generate, serve, chat, bench_serve, api_key, cache):
+for room in (cluster, plan, generate, serve, chat, bench_serve, api_key, cache, grafana):
     room.add_commands(app)
 
 

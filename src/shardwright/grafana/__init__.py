@@ -1,0 +1,1 @@
+"""Dashboards, alerts and settings for Grafana and Prometheus, as text. Knows the metrics' names, and asks nobody."""
