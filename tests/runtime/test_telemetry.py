@@ -1,5 +1,6 @@
 """Step times, the machine's load, and NVML in all the ways it can fail."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from shardwright.runtime.telemetry import (
     MAX_SHAPES,
     NO_GPU,
+    CpuMeter,
     GpuAddress,
     GpuProbe,
     GpuSample,
@@ -118,17 +120,41 @@ class FakeNvml:
         self._call("nvmlDeviceGetMemoryInfo")
         return SimpleNamespace(used=gpu["used"], total=gpu["total"], free=gpu["total"] - gpu["used"])
 
+    NVML_TEMPERATURE_GPU = 0
 
-def gpu(busy=10, used=30, total=100, uuid="GPU-a"):
-    return {"busy": busy, "used": used, "total": total, "uuid": uuid}
+    def nvmlDeviceGetTemperature(self, gpu, sensor):  # noqa: N802  the binding's name
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        self._call("nvmlDeviceGetTemperature")
+        return gpu["temperature"]
+
+    def nvmlDeviceGetPowerUsage(self, gpu):  # noqa: N802  the binding's name
+        self._call("nvmlDeviceGetPowerUsage")
+        return gpu["power"]
+
+
+def gpu(**figures):
+    """A GPU with some figures of its own."""
+    usual = {"busy": 10, "used": 30, "total": 100, "uuid": "GPU-a", "temperature": 55, "power": 99_500}
+    return usual | figures
+
+
+def sample(utilization=10.0, memory_used=30, memory_total=100, temperature=55.0, power=99.5):
+    """What `gpu` gives, with other figures where they are named."""
+    return GpuSample(
+        utilization=utilization,
+        memory_used=memory_used,
+        memory_total=memory_total,
+        temperature=temperature,
+        power=power,
+    )
 
 
 def test_a_probe_follows_the_gpu():
     card = gpu()
     probe = GpuProbe(GpuAddress(), nvml=FakeNvml(card))
-    assert probe.sample() == GpuSample(utilization=10.0, memory_used=30, memory_total=100)
-    card |= {"busy": 95, "used": 60}
-    assert probe.sample() == GpuSample(utilization=95.0, memory_used=60, memory_total=100)
+    assert probe.sample() == sample()
+    card |= {"busy": 95, "used": 60, "temperature": 81, "power": 300_250}
+    assert probe.sample() == sample(utilization=95.0, memory_used=60, temperature=81.0, power=300.25)
 
 
 def test_the_gpu_is_found_by_its_uuid_where_numbers_differ():
@@ -141,11 +167,15 @@ def test_a_call_that_fails_leaves_the_others():
     nvml = FakeNvml(gpu())
     probe = GpuProbe(GpuAddress(), nvml=nvml)
     nvml.broken = {"nvmlDeviceGetUtilizationRates"}
-    assert probe.sample() == GpuSample(utilization=None, memory_used=30, memory_total=100)
+    assert probe.sample() == sample(utilization=None)
     nvml.broken = {"nvmlDeviceGetMemoryInfo"}
-    assert probe.sample() == GpuSample(utilization=10.0, memory_used=None, memory_total=None)
+    assert probe.sample() == sample(memory_used=None, memory_total=None)
+    nvml.broken = {"nvmlDeviceGetTemperature"}
+    assert probe.sample() == sample(temperature=None)
+    nvml.broken = {"nvmlDeviceGetPowerUsage"}
+    assert probe.sample() == sample(power=None)
     nvml.broken = set()
-    assert probe.sample() == GpuSample(utilization=10.0, memory_used=30, memory_total=100)
+    assert probe.sample() == sample()
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByIndex"])
@@ -165,11 +195,24 @@ def test_without_the_binding_there_is_no_sample(monkeypatch):
 
 
 def test_impossible_figures_are_left_out():
-    card = gpu(busy=4_000_000_000, used=200, total=100)
+    card = gpu(busy=4_000_000_000, used=200, total=100, temperature=2**32 - 40, power=2**32 - 1)
     probe = GpuProbe(GpuAddress(), nvml=FakeNvml(card))
     assert probe.sample() == NO_GPU
     card |= {"busy": 50, "used": 0, "total": 0}
     assert probe.sample() == GpuSample(utilization=50.0, memory_used=None, memory_total=None)
+
+
+def test_a_driver_that_has_only_the_newer_call_for_the_temperature_is_asked_with_it():
+    class NewerNvml(FakeNvml):
+        def nvmlDeviceGetTemperatureV(self, gpu, sensor):  # noqa: N802  the binding's name
+            assert sensor == self.NVML_TEMPERATURE_GPU
+            return gpu["temperature"] + 1
+
+    nvml = NewerNvml(gpu())
+    probe = GpuProbe(GpuAddress(), nvml=nvml)
+    assert probe.sample().temperature == 55.0
+    nvml.broken = {"nvmlDeviceGetTemperature"}
+    assert probe.sample().temperature == 56.0
 
 
 # --- the watch ---------------------------------------------------------------------------------------
@@ -211,67 +254,166 @@ STAND_IN = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-static int figure(const char *name, int otherwise) {
-  char line[64]; int value; FILE *file = fopen(getenv("FIGURES"), "r");
+/* Two GPUs. The file has lines like `0.busy 12`: the GPU's number, what is asked, the answer. */
+static int figure(int gpu, const char *name, int otherwise) {
+  char wanted[64], line[64]; int value; FILE *file = fopen(getenv("FIGURES"), "r");
+  snprintf(wanted, sizeof wanted, "%d.%s", gpu, name);
   while (file && fscanf(file, "%63s %d", line, &value) == 2)
-    if (!strcmp(line, name)) { fclose(file); return value; }
+    if (!strcmp(line, wanted)) { fclose(file); return value; }
   if (file) fclose(file);
   return otherwise;
 }
-int nvmlInitWithFlags(unsigned flags) { return figure("init", 0); }
-int nvmlInit_v2(void) { return figure("init", 0); }
+static int status(int gpu, const char *name) {
+  char wanted[64];
+  snprintf(wanted, sizeof wanted, "%s_error", name);
+  return figure(gpu, "error", figure(gpu, wanted, 0));
+}
+static int number(void *handle) { return (int)(long)handle - 1; }
+int nvmlInitWithFlags(unsigned flags) { return figure(0, "init", 0); }
+int nvmlInit_v2(void) { return figure(0, "init", 0); }
 const char *nvmlErrorString(int code) { return "stand-in error"; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)1; return index ? 2 : 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
+  *handle = (void *)(long)(index + 1); return index < 2 ? 0 : 2;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
+  if (strcmp(uuid, "GPU-zero") && strcmp(uuid, "GPU-one")) return 6;
+  *handle = (void *)(long)(strcmp(uuid, "GPU-one") ? 1 : 2); return 0;
+}
 int nvmlDeviceGetUtilizationRates(void *handle, unsigned *rates) {
-  rates[0] = figure("busy", 0); rates[1] = 0; return figure("busy_error", 0);
+  static int calls[2]; int gpu = number(handle);
+  rates[0] = figure(gpu, "busy", 0) + figure(gpu, "busier", 0) * calls[gpu]++; rates[1] = 0;
+  return status(gpu, "busy");
 }
 int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) {
-  memory[0] = 1000; memory[2] = figure("used", 0); memory[1] = memory[0] - memory[2]; return 0;
+  int gpu = number(handle);
+  memory[0] = 1000 * (gpu + 1); memory[2] = figure(gpu, "used", 0); memory[1] = memory[0] - memory[2];
+  return status(gpu, "used");
 }
+#ifndef OLD
+int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *degrees) {
+  *degrees = figure(number(handle), "degrees", 40); return sensor ? 2 : status(number(handle), "degrees");
+}
+int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) {
+  *milliwatts = figure(number(handle), "milliwatts", 0); return status(number(handle), "milliwatts");
+}
+#endif
 """
 
-ASK = """
-import pathlib, sys
-from shardwright.runtime.telemetry import GpuAddress, GpuProbe, load_nvml
-probe = GpuProbe(GpuAddress(), nvml=load_nvml())
+WATCH = """
+import json, pathlib, sys
+from shardwright.runtime.telemetry import GpuAddress, GpuProbe, GpuWatch, MachineMonitor, load_nvml
+addresses = [GpuAddress(index=1), GpuAddress(index=7, uuid="zero")]
+watches = [GpuWatch(GpuProbe(address, nvml=load_nvml()), patience_s=10.0) for address in addresses]
+monitors = [MachineMonitor(device="cuda", device_name="stand-in", gpu=watch) for watch in watches]
+counters = {"epoch": 0, "queue_depth": 0, "steps_done": 0, "busy_s": 0.0, "uptime_s": 0.0, "timings": ()}
 for figures in sys.argv[2:]:
     pathlib.Path(sys.argv[1]).write_text(figures)
-    sample = probe.sample()
-    print(sample.utilization, sample.memory_used, sample.memory_total)
+    reports = [monitor.report(**counters) for monitor in monitors]
+    print(json.dumps([
+        [r.gpu_utilization, r.gpu_memory_used_bytes, r.gpu_memory_total_bytes, r.gpu_temperature_c, r.gpu_power_w]
+        for r in reports
+    ]))
 """
 
 
-def ask(folder, *figures):
-    """What a process sees of a GPU, step by step, whose NVML library lies in the folder."""
+def watch(folder, *figures):
+    """What heartbeats tell, step by step, of GPU 1 and of GPU 0, whose NVML library lies in the folder."""
     path = folder / "figures"
     run = subprocess.run(
-        [sys.executable, "-c", ASK, path, *figures],
+        [sys.executable, "-c", WATCH, path, *figures],
         check=True,
         capture_output=True,
         text=True,
         env={"LD_LIBRARY_PATH": str(folder), "FIGURES": str(path), "PATH": "/usr/bin:/bin"},
     )
-    return run.stdout.splitlines()
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for NVIDIA's library is compiled here")
-def test_the_real_binding_reads_a_library_whose_figures_change_and_fail(tmp_path):
-    source = tmp_path / "nvml.c"
-    source.write_text(STAND_IN)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", source], check=True)
-    assert ask(
-        tmp_path, "init 9", "busy 12 used 300", "busy 77 used 400", "busy 5 busy_error 3 used 1", "busy 1 used 2000"
-    ) == ["None None None", "12.0 300 1000", "77.0 400 1000", "None 1 1000", "1.0 None None"]
+@pytest.fixture
+def compile_library(tmp_path):
+    """Makes a folder with the library; `old` leaves out what a very old driver lacks."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the stand-in for NVIDIA's library is compiled here")
+
+    def compile_it(*flags):
+        source = tmp_path / "nvml.c"
+        source.write_text(STAND_IN)
+        library = tmp_path / "libnvidia-ml.so.1"
+        subprocess.run(["gcc", "-shared", "-fPIC", *flags, "-o", library, source], check=True)
+        return tmp_path
+
+    return compile_it
+
+
+NOTHING = [None] * 5
+
+
+def test_the_real_binding_reads_two_gpus_whose_figures_change_and_fail(compile_library):
+    steady = "1.busy 12 1.used 300 1.degrees 51 1.milliwatts 70500"
+    assert watch(
+        compile_library(),
+        "0.init 9",  # no driver is loaded yet
+        f"{steady} 0.busy 20 0.busier 5 0.used 100 0.milliwatts 250",
+        f"{steady} 0.busy 20 0.busier 5 0.used 900 0.degrees 88 0.milliwatts 333000",
+        f"{steady} 0.busy_error 15 0.used 5 0.degrees_error 3 0.milliwatts 1",
+        f"{steady} 0.busy 1 0.used_error 999 0.degrees 1 0.milliwatts_error 3",
+        f"{steady} 0.error 15",  # fallen off the bus
+        f"{steady} 0.busy 1 0.used 2000 0.degrees 999 0.milliwatts -1",  # figures that mean nothing
+        "1.busy 13 1.used 301 1.degrees 52 1.milliwatts 70501",
+    ) == [
+        [NOTHING, NOTHING],
+        [[12.0, 300, 2000, 51.0, 70.5], [20.0, 100, 1000, 40.0, 0.25]],
+        [[12.0, 300, 2000, 51.0, 70.5], [25.0, 900, 1000, 88.0, 333.0]],
+        [[12.0, 300, 2000, 51.0, 70.5], [None, 5, 1000, None, 0.001]],
+        [[12.0, 300, 2000, 51.0, 70.5], [1.0, None, None, 1.0, None]],
+        [[12.0, 300, 2000, 51.0, 70.5], NOTHING],
+        [[12.0, 300, 2000, 51.0, 70.5], [1.0, None, None, None, None]],
+        [[13.0, 301, 2000, 52.0, 70.501], [0.0, 0, 1000, 40.0, 0.0]],
+    ]
+
+
+def test_a_driver_without_some_of_the_calls_tells_the_rest(compile_library):
+    assert watch(compile_library("-DOLD"), "0.busy 3 1.busy 4") == [
+        [[4.0, 0, 2000, None, None], [3.0, 0, 1000, None, None]]
+    ]
 
 
 @pytest.mark.parametrize("content", [None, b"not a library", b""])
 def test_a_library_that_is_absent_or_wrong_means_no_gpu(tmp_path, content):
     if content is not None:
         (tmp_path / "libnvidia-ml.so.1").write_bytes(content)
-    assert ask(tmp_path, "busy 12 used 300") == ["None None None"]
+    assert watch(tmp_path, "1.busy 12") == [[NOTHING, NOTHING]]
 
 
 # --- the machine -------------------------------------------------------------------------------------
+
+
+def test_the_cores_load_is_of_the_time_since_somebody_asked_last():
+    now, seconds = [0.0], [(100.0, 1000.0)]
+    meter = CpuMeter(min_interval_s=0.5, clock=lambda: now[0], read=lambda: seconds[0])
+    seconds[0] = (101.0, 1002.0)
+    assert meter.percent() == 50.0
+    now[0], seconds[0] = 0.4, (103.0, 1004.0)
+    assert meter.percent() == 50.0  # too soon: who asks now takes nothing away from who asks later
+    now[0] = 0.6
+    assert meter.percent() == 100.0
+    now[0] = 2.0
+    assert meter.percent() == 100.0  # no core's time has gone by
+    now[0], seconds[0] = 4.0, (102.5, 1010.0)
+    assert meter.percent() == 0.0  # the kernel's counts of idle time may go back a little
+
+
+def test_the_cores_load_is_seen_by_every_thread():
+    meter = CpuMeter(min_interval_s=0.0)
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        sum(range(10_000))
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(meter.percent()))
+    thread.start()
+    thread.join()
+    assert 0 < seen[0] <= 100
+
 
 COUNTERS = {"epoch": 2, "queue_depth": 3, "steps_done": 4, "busy_s": 1.5, "uptime_s": 60.0, "timings": ()}
 
@@ -291,4 +433,5 @@ def test_a_report_tells_the_gpus_load_where_there_is_one():
     watch = GpuWatch(GpuProbe(GpuAddress(), nvml=FakeNvml(gpu(busy=42))), patience_s=5.0)
     report = MachineMonitor(device="cuda:0", device_name="some GPU", gpu=watch).report(**COUNTERS)
     assert (report.gpu_utilization, report.gpu_memory_used_bytes, report.gpu_memory_total_bytes) == (42.0, 30, 100)
+    assert (report.gpu_temperature_c, report.gpu_power_w) == (55.0, 99.5)
     assert abs(report.timestamp - datetime.now(tz=UTC).timestamp()) < 60

@@ -6,6 +6,7 @@ daemon thread of its own, and a report takes what that thread last learned, if i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import threading
@@ -97,7 +98,13 @@ class GpuSample:
     utilization: float | None  # percent
     memory_used: int | None
     memory_total: int | None
+    temperature: float | None = None  # degrees Celsius
+    power: float | None = None  # watts
 
+
+MAX_TEMPERATURE_C = 200.0
+MAX_POWER_W = 10_000.0
+"""Above these a driver that can't tell has given a figure that means nothing."""
 
 NO_GPU = GpuSample(utilization=None, memory_used=None, memory_total=None)
 
@@ -135,7 +142,13 @@ class GpuProbe:
         if self._handle is None:
             return NO_GPU
         used, total = self._memory()
-        return GpuSample(utilization=self._utilization(), memory_used=used, memory_total=total)
+        return GpuSample(
+            utilization=self._utilization(),
+            memory_used=used,
+            memory_total=total,
+            temperature=self._temperature(),
+            power=self._power(),
+        )
 
     def _open(self) -> Any:
         nvml = self._nvml
@@ -171,6 +184,23 @@ class GpuProbe:
             return None, None
         used, total = int(memory.used), int(memory.total)
         return (used, total) if 0 <= used <= total and total > 0 else (None, None)
+
+    def _temperature(self) -> float | None:
+        for name in ("nvmlDeviceGetTemperature", "nvmlDeviceGetTemperatureV"):  # drivers may have but one of them
+            ask = getattr(self._nvml, name, None)
+            if ask is None:
+                continue
+            with contextlib.suppress(self._nvml.NVMLError):
+                degrees = float(ask(self._handle, self._nvml.NVML_TEMPERATURE_GPU))
+                return degrees if 0 <= degrees <= MAX_TEMPERATURE_C else None
+        return None
+
+    def _power(self) -> float | None:
+        try:
+            watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
+        except self._nvml.NVMLError:
+            return None
+        return watts if 0 <= watts <= MAX_POWER_W else None
 
 
 class GpuWatch:
@@ -221,6 +251,49 @@ class GpuWatch:
 # --- the machine -------------------------------------------------------------------------------------
 
 
+class CpuMeter:
+    """The load of all cores since somebody asked last.
+
+    Whoever asks soon after another gets the same answer, so that many who look on don't shorten each other's intervals
+    to nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_interval_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+        read: Callable[[], tuple[float, float]] | None = None,
+    ) -> None:
+        """`read` gives the cores' seconds so far: busy, and all."""
+        self._min_interval_s = min_interval_s
+        self._now = clock
+        self._read = read or _cpu_seconds
+        self._lock = threading.Lock()
+        self._last = self._read()
+        self._last_s: float | None = None  # when the percentage was taken; None before the first
+        self._percent = 0.0
+
+    def percent(self) -> float:
+        """0 to 100, over no less than the least interval, but for the first time. Any thread may ask."""
+        with self._lock:
+            now = self._now()
+            if self._last_s is not None and now - self._last_s < self._min_interval_s:
+                return self._percent
+            busy, total = self._read()
+            if total > self._last[1]:
+                self._percent = min(max(100 * (busy - self._last[0]) / (total - self._last[1]), 0.0), 100.0)
+                self._last = busy, total
+                self._last_s = now
+            return self._percent
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    times = psutil.cpu_times()
+    total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # these are in user and nice
+    return total - times.idle - getattr(times, "iowait", 0.0), total
+
+
 class MachineMonitor:
     """Fills in a heartbeat's report. Blocks for a quarter of a second at most; may be called from any thread."""
 
@@ -232,7 +305,7 @@ class MachineMonitor:
         self._gpu = gpu
         self._now = clock or _wall_clock
         self._process = psutil.Process()
-        psutil.cpu_percent(interval=None)  # the first call only starts the interval that the next one reports
+        self._cpu = CpuMeter()
 
     def report(
         self,
@@ -259,11 +332,13 @@ class MachineMonitor:
             gpu_utilization=gpu.utilization,
             gpu_memory_used_bytes=gpu.memory_used,
             gpu_memory_total_bytes=gpu.memory_total,
-            cpu_utilization=psutil.cpu_percent(interval=None),
+            cpu_utilization=self._cpu.percent(),
             memory_used_bytes=memory.total - memory.available,
             memory_total_bytes=memory.total,
             process_memory_bytes=self._process.memory_info().rss,
             timings=timings,
+            gpu_temperature_c=gpu.temperature,
+            gpu_power_w=gpu.power,
         )
 
 
