@@ -22,10 +22,10 @@ export SIM_SEEDS := $(value SEEDS)
 export VENV_PYTHON := $(value PYTHON)
 unexport PROMPT MODEL WORKERS PORT SEEDS
 
-.PHONY: help venv demo serve test sim lint bench clean
+.PHONY: help venv demo serve test test-programs sim lint bench clean
 
 help:  ## list what there is
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)  ## make .venv with everything pinned in pyproject.toml
 
@@ -53,6 +53,9 @@ serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at htt
 
 test: $(STAMP)  ## run all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+test-programs:  ## install Chromium for the dashboard's tests (Debian or Ubuntu, as root)
+	@tools/install_test_programs.sh
 
 sim: $(STAMP)  ## simulate SEEDS=1000 clusters with delays, aborts and lost workers
 	@$(BIN)/python tests/sim/run.py --seeds "$$SIM_SEEDS"
