@@ -52,6 +52,7 @@ from shardwright.runtime.measure import wait_for
 from shardwright.runtime.step_recorder import ErrorCounter, StepRecorder, Transit
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
+from shardwright.transport.trace_context import incoming_trace_parent
 from shardwright.types import (
     VOCABULARY_TENSOR,
     Epoch,
@@ -184,6 +185,7 @@ class _HeldStage:
     stage: Stage
     clock: StepClock
     loaded_at: float
+    trace_parent: str = ""  # of the trace of the pipeline; empty without one
     results: asyncio.Queue[tuple[StepResult, Transit] | None] = field(default_factory=asyncio.Queue)
     next_link: _NextLink | None = None
 
@@ -447,6 +449,7 @@ class WorkerShell:
             raise StaleEpochError(f"step {message.step.step} names epoch {message.step.epoch}; this worker has {has}")
         step = _ArrivedStep(message, self._now())
         computed = await asyncio.get_running_loop().run_in_executor(self._compute, self._forward, held, step)
+        self._recorder.record(computed.transit, self._now())
         return LayerResult(
             tensors=computed.message.tensors, tokens=computed.tokens, prompt_scores=computed.prompt_scores
         )
@@ -543,7 +546,13 @@ class WorkerShell:
             stage = await self._build(load, raw, replies)
             self._lost_next = None
             self._recorder.begin_stage()
-            self._held = _HeldStage(load=load, stage=stage, clock=StepClock(), loaded_at=self._now())
+            self._held = _HeldStage(
+                load=load,
+                stage=stage,
+                clock=StepClock(),
+                loaded_at=self._now(),
+                trace_parent=incoming_trace_parent(),
+            )
             self._handle(LoadFinished(epoch=epoch))
             if self._state.epoch != epoch:  # replaced or released while it was built
                 await replies.put(LoadRefused(reason=f"epoch {epoch} was given up while its stage was built"))
@@ -755,6 +764,7 @@ class WorkerShell:
         assert held is not None, "only a held stage forwards"
         if held.next_link is None:
             client = self._transport.connect(held.load.next_address)
+            client.trace_parent = held.trace_parent
             held.next_link = _NextLink(
                 client,
                 on_sent=lambda transit: self._recorder.record(transit, self._now()),
