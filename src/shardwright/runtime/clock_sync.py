@@ -2,7 +2,8 @@
 
 The arithmetic is that of NTP (RFC 5905, section 8): a question leaves at `sent_s` and its answer is here at
 `returned_s` on the master's clock; the worker took the one at `received_s` and gave the other at `answered_s` on its
-own. The offset that such a sample tells can be wrong by half of its round trip, so the shortest one tells most.
+own. The offset that such a sample tells can be wrong by half of its round trip, so the shortest one tells most. Clocks
+run apart, so an old sample tells less than its round trip says; how fast they do is told by good samples far apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ KEPT: Final = 32
 """Samples to choose from: half a minute of heartbeats."""
 
 DRIFT: Final = 50e-6
-"""Two clocks run apart by about this much (seconds a second): so an old sample's error grows."""
+"""Two clocks run apart by about this much (seconds a second) where nothing better is known: old samples tell less."""
+
+ANCHORS_KEPT: Final = 8
+"""So many runs of `KEPT` samples have their best one kept, to see how the offset changes over minutes."""
 
 MOST_DRIFT: Final = 1e-3
 """No two clocks run apart faster than this, also while they are being set right: what differs more has jumped."""
@@ -33,12 +37,15 @@ class ClockSync:
 
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque(maxlen=KEPT)
+        self._anchors: deque[_Sample] = deque(maxlen=ANCHORS_KEPT)
+        self._num_added = 0
         self._best: _Sample | None = None
+        self._offset_s = 0.0
 
     @property
     def offset_s(self) -> float | None:
-        """What to add to the worker's time to get the master's; None before the first heartbeat."""
-        return None if self._best is None else self._best.offset_s
+        """What to add to the worker's time to get the master's, now; None before the first heartbeat."""
+        return None if self._best is None else self._offset_s
 
     @property
     def round_trip_s(self) -> float | None:
@@ -54,18 +61,32 @@ class ClockSync:
         round_trip_s = returned_s - sent_s - held_s
         if held_s < 0 or round_trip_s < 0:
             return True
-        offset_s = (sent_s + returned_s - received_s - answered_s) / 2
-        sample = _Sample(returned_s, offset_s, round_trip_s)
+        sample = _Sample(returned_s, (sent_s + returned_s - received_s - answered_s) / 2, round_trip_s)
         is_same = self._best is None or _agree(self._best, sample)
         if not is_same:
             self._samples.clear()
+            self._anchors.clear()
+            self._num_added = 0
         self._samples.append(sample)
-        self._best = min(self._samples, key=lambda s: s.round_trip_s / 2 + DRIFT * (returned_s - s.at))
+        self._num_added += 1
+        best = self._best = min(self._samples, key=lambda s: s.round_trip_s / 2 + DRIFT * (returned_s - s.at))
+        if self._num_added % KEPT == 0:
+            self._anchors.append(min(self._samples, key=lambda s: s.round_trip_s))
+        self._offset_s = best.offset_s + self._drift(best) * (returned_s - best.at)
         return is_same
+
+    def _drift(self, best: _Sample) -> float:
+        """By how much the offset grows in a second; 0 while that is not known better than `DRIFT`."""
+        if not self._anchors or best.at <= self._anchors[0].at:
+            return 0.0
+        anchor = self._anchors[0]
+        apart_s = best.at - anchor.at
+        error = (anchor.round_trip_s + best.round_trip_s) / 2 / apart_s
+        return (best.offset_s - anchor.offset_s) / apart_s if error < DRIFT else 0.0
 
     def to_master(self, worker_s: float) -> float | None:
         """A time on the worker's clock as the master's shows it."""
-        return None if self._best is None else worker_s + self._best.offset_s
+        return None if self._best is None else worker_s + self._offset_s
 
 
 def _agree(one: _Sample, other: _Sample) -> bool:

@@ -63,11 +63,11 @@ class MetricsLog:
 
     def _add(self, data: bytes) -> None:
         """All of it or nothing, unless the disk does not even let the file be cut back."""
-        with self._path.open("ab") as stream:
+        with self._path.open("ab", buffering=0) as stream:  # a buffer would be written once more when it is closed
             end = stream.seek(0, os.SEEK_END)
             try:
-                stream.write(data)
-                stream.flush()
+                while data:
+                    data = data[stream.write(data) :]
             except OSError:
                 self._is_whole = False
                 with contextlib.suppress(OSError):
