@@ -55,7 +55,12 @@ def test_a_worker_and_the_http_server_have_variables_of_their_own():
 
 def test_every_setting_can_be_given_in_the_environment():
     samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x", "Path | None": "~/x"}
-    special = {"kv_tokens": "16", "max_body_bytes": "4096", "tool_style": "hermes"}
+    special = {
+        "kv_tokens": "16",
+        "max_body_bytes": "4096",
+        "otlp_endpoint": "http://[::1]:4317",
+        "tool_style": "hermes",
+    }
     kinds = ((MasterConfig, "SHARDWRIGHT_"), (WorkerConfig, "SHARDWRIGHT_"), (ServeConfig, "SHARDWRIGHT_SERVE_"))
     for kind, prefix in kinds:
         for field in dataclasses.fields(kind):
@@ -85,6 +90,20 @@ def test_a_path_may_begin_with_the_home_folder():
     assert read(environ={"SHARDWRIGHT_CACHE_DIR": "~/models"}).cache_dir == Path.home() / "models"
 
 
+def test_traces_go_where_opentelemetrys_own_variables_say_unless_something_else_is_said(settings):
+    common = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:1"}
+    special = common | {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "https://traces:2"}
+    ours = {"SHARDWRIGHT_OTLP_ENDPOINT": "http://ours:3"}
+    assert read(environ={}).otlp_endpoint == ""
+    assert read(environ=common).otlp_endpoint == "http://all:1"
+    assert read(WorkerConfig, environ=special).otlp_endpoint == "https://traces:2"
+    file = settings("[master]\notlp_endpoint = 'http://file:4'")
+    assert read(environ=special, file=file).otlp_endpoint == "http://file:4"
+    assert read(environ=special | ours, file=file).otlp_endpoint == "http://ours:3"
+    assert read(environ=special | {"SHARDWRIGHT_OTLP_ENDPOINT": ""}).otlp_endpoint == "", "switched off"
+    assert not hasattr(read(ServeConfig, environ=special), "otlp_endpoint")
+
+
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("Yes", True), ("TRUE", True), ("0", False), ("no", False)])
 def test_switches_are_read_from_words(text, value):
     assert read(environ={"SHARDWRIGHT_PREFIX_CACHE": text}).prefix_cache is value
@@ -102,6 +121,9 @@ def test_switches_are_read_from_words(text, value):
         ({"SHARDWRIGHT_DTYPE": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
         ({"SHARDWRIGHT_HEARTBEAT_INTERVAL_S": "0"}, "heartbeat_interval_s is 0.0; it must be above 0 seconds"),
         ({"SHARDWRIGHT_HEARTBEAT_TIMEOUT_S": "nan"}, "heartbeat_timeout_s is nan"),
+        ({"SHARDWRIGHT_OTLP_ENDPOINT": "localhost:4317"}, "otlp_endpoint is 'localhost:4317'; it must be http://HOST"),
+        ({"SHARDWRIGHT_OTLP_ENDPOINT": "http://here:port"}, "otlp_endpoint is 'http://here:port'; it must be"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "grpc://here:1"}, "otlp_endpoint is 'grpc://here:1'; it must be"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_its_bound(environ, says):

@@ -49,6 +49,7 @@ def worker(
         ),
     ] = None,
     cache_dir: options.CacheDir = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     config: options.ConfigFile = None,
     debug: options.Debug = False,
@@ -69,6 +70,7 @@ def worker(
         threads=threads,
         memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
         cache_dir=cache_dir,
+        otlp_endpoint=otlp_endpoint,
     )
 
     def announce(address: str) -> None:

@@ -19,6 +19,7 @@ from shardwright.errors import ConfigError
 
 DEFAULT_CONFIG_FILE = Path("shardwright.toml")
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+DEFAULT_SERVER_URL = "http://127.0.0.1:8000"
 
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
@@ -89,9 +90,18 @@ StepsInFlight = Annotated[
     int | None,
     typer.Option("--steps-in-flight", metavar="N", help="Steps under way at once; 0: chosen from measurements."),
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="Send traces to this OTLP collector over gRPC, say http://localhost:4317 (default: none are made).",
+    ),
+]
 Url = Annotated[
     str, typer.Option("--url", metavar="URL", help="The API's address; /v1 is added where there is no path.")
 ]
+ServerUrl = Annotated[str, typer.Option("--url", metavar="URL", help="Where shardwright serve listens.")]
 ServedModel = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="Default: the first that the server names.")
 ]

@@ -83,6 +83,7 @@ def serve(
         float | None,
         typer.Option(metavar="SECONDS", help="How long running answers may go on after Ctrl-C (default: 10)."),
     ] = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
     token_budget: options.TokenBudget = None,
     steps_in_flight: options.StepsInFlight = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line for each request.")] = False,
@@ -101,7 +102,11 @@ def serve(
     Exit codes: 0 stopped while all was well, 3 the cluster had failed, 130 or 143 stopped before it was ready.
     """
     settings = flags.master_config(
-        max_waiting=max_waiting, max_running=max_running, token_budget=token_budget, steps_in_flight=steps_in_flight
+        max_waiting=max_waiting,
+        max_running=max_running,
+        token_budget=token_budget,
+        steps_in_flight=steps_in_flight,
+        otlp_endpoint=otlp_endpoint,
     )
     api = options.serve_config(
         flags.config,
@@ -115,6 +120,8 @@ def serve(
         shutdown_timeout_s=shutdown_timeout,
     )
     worker_options = flags.worker_options()
+    if settings.otlp_endpoint:
+        worker_options += ["--otlp-endpoint", settings.otlp_endpoint]
     if served_model_name is not None and not served_model_name.strip():
         raise ConfigError("--served-model-name is empty; give the name that clients use, or leave it out")
     if log_requests:
@@ -122,7 +129,9 @@ def serve(
     # What would end it is found before the model is loaded, which may take minutes.
     from shardwright.api.keys import read_key_file
     from shardwright.api.server import listen
+    from shardwright.runtime.tracing import check_installed
 
+    check_installed(settings.otlp_endpoint)
     if api.api_key_file is not None:
         read_key_file(api.api_key_file)
     with contextlib.closing(listen(api)) as listener:
@@ -164,6 +173,8 @@ async def run_server(
 
                 engine = session.serve_as(name or public_name(session.model.files.name))
                 app = create_app(engine, api)
+                if session.tracing is not None:
+                    app.add_middleware(session.tracing.http)
 
                 def announce(url: str) -> None:
                     print(ready_line(engine.model, url, needs_key=api.api_key_file is not None), flush=True)

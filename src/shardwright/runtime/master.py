@@ -87,10 +87,11 @@ Sink = Callable[[Sequence[RequestEvent]], None]
 class _Client:
     """Who asked for a sequence, and what it has not been told yet."""
 
-    __slots__ = ("events", "sink")
+    __slots__ = ("events", "has_all", "sink")
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
+        self.has_all = False  # what it wanted, also if the sequence could have gone on
         self.events: list[RequestEvent] = []
 
 
@@ -274,9 +275,14 @@ class MasterEngine:
         """Stop a request; unknown and finished ones are ignored."""
         self.cancel(seq_id)
 
-    def cancel(self, seq_id: SeqId) -> None:
-        """Stop a request, at once; unknown and finished ones are ignored."""
-        if seq_id in self._clients:
+    def cancel(self, seq_id: SeqId, *, has_all: bool = False) -> None:
+        """Stop a request, at once; unknown and finished ones are ignored.
+
+        `has_all`: its answer is complete (a stop string was found), so that it is observed as one that stopped.
+        """
+        client = self._clients.get(seq_id)
+        if client is not None:
+            client.has_all = has_all
             self._handle(Abort(seq_id=seq_id))
 
     def snapshot(self) -> ClusterSnapshot:
@@ -422,7 +428,8 @@ class MasterEngine:
     def _finish(self, event: FinishEvent, *, num_preemptions: int = 0) -> None:
         client = self._clients.pop(event.seq_id, None)
         if client is not None:
-            self.observatory.finished(event.seq_id, event.reason, self._last_seen, num_preemptions=num_preemptions)
+            reason = FinishReason.STOP if client.has_all and event.reason is FinishReason.ABORT else event.reason
+            self.observatory.finished(event.seq_id, reason, self._last_seen, num_preemptions=num_preemptions)
             self._tell(client, event)
 
     def _tell(self, client: _Client, event: RequestEvent) -> None:

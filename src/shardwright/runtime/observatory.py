@@ -17,10 +17,12 @@ from shardwright.runtime.history import History
 from shardwright.runtime.metrics import metrics_rows
 from shardwright.runtime.request_log import RequestLog
 from shardwright.runtime.timeline import Timeline
+from shardwright.runtime.tracing import RequestTracer
 from shardwright.runtime.worker_watch import ErrorCounts, WorkerWatch
 from shardwright.types import (
     ClusterSnapshot,
     Epoch,
+    FinishReason,
     HeartbeatReport,
     SeqId,
     StageAssignment,
@@ -63,6 +65,10 @@ class Observed(Protocol):
     def num_preemptions(self, seq_id: SeqId) -> int:
         """How often an open request gave its KV blocks up."""
         ...
+
+
+class _Finished(Protocol):
+    def __call__(self, seq_id: SeqId, reason: FinishReason, now: float, *, num_preemptions: int = 0) -> None: ...
 
 
 class _WallClock:
@@ -109,9 +115,31 @@ class MasterObservatory:
         self._num_prompt_tokens = 0  # computed: in steps that came back
         # The engine's hottest calls go to the log directly.
         self.token = self._requests.token
-        self.rejected = self._requests.rejected
-        self.submitted = self._requests.submitted
-        self.finished = self._requests.finished
+        self.rejected: Callable[[SeqId], None] = self._requests.rejected
+        self.submitted: Callable[[SeqId, int, float], None] = self._requests.submitted
+        self.finished: _Finished = self._requests.finished
+
+    def trace_with(self, tracer: RequestTracer) -> None:
+        """Have every sequence traced that comes from now on."""
+        log = self._requests
+
+        def submitted(seq_id: SeqId, num_prompt_tokens: int, now: float) -> None:
+            log.submitted(seq_id, num_prompt_tokens, now)
+            log.traced(seq_id, tracer.begin(seq_id, now + self._wall.offset()))
+
+        def rejected(seq_id: SeqId) -> None:
+            log.rejected(seq_id)
+            tracer.refuse(seq_id, self.now())
+
+        def finished(seq_id: SeqId, reason: FinishReason, now: float, *, num_preemptions: int = 0) -> None:
+            log.finished(seq_id, reason, now, num_preemptions=num_preemptions)
+            tracer.end(seq_id, now + self._wall.offset())
+
+        self.submitted, self.rejected, self.finished = submitted, rejected, finished
+
+    def now(self) -> float:
+        """The time of day, by the clock that everything here is told by."""
+        return self._clock() + self._wall.offset()
 
     # --- heard from the engine; `now` is on its clock ----------------------------------------------
 

@@ -51,6 +51,7 @@ class _Trace:
         "seq_id",
         "started_at",
         "submitted_at",
+        "trace_id",
     )
 
     def __init__(self, seq_id: SeqId, num_prompt_tokens: int, now: float) -> None:
@@ -66,6 +67,7 @@ class _Trace:
         self.num_output_tokens = 0
         self.num_preemptions = 0
         self.num_steps = 0
+        self.trace_id = ""
         self.first_steps: list[_Part] = []
         self.last_steps: deque[_Part] | None = None
 
@@ -84,6 +86,10 @@ class RequestLog:
     def submitted(self, seq_id: SeqId, num_prompt_tokens: int, now: float) -> None:
         """A request came."""
         self._open[seq_id] = _Trace(seq_id, num_prompt_tokens, now)
+
+    def traced(self, seq_id: SeqId, trace_id: str) -> None:
+        """It belongs to a distributed trace."""
+        self._open[seq_id].trace_id = trace_id
 
     def rejected(self, seq_id: SeqId) -> None:
         """It was not taken: there is nothing to tell of it."""
@@ -195,4 +201,5 @@ def _shown(trace: _Trace, wall_offset: float, *, steps: tuple[RequestStep, ...])
         num_preemptions=trace.num_preemptions,
         steps=steps,
         num_steps=trace.num_steps,
+        trace_id=trace.trace_id,
     )

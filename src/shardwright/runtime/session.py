@@ -45,6 +45,7 @@ from shardwright.runtime.stoppable import StoppedError, in_thread
 from shardwright.runtime.tensor_hashes import hash_tensors
 from shardwright.runtime.text_engine import SessionTextEngine
 from shardwright.runtime.tokenizer import Tokenizer
+from shardwright.runtime.tracing import MasterTracing, master_tracing
 from shardwright.runtime.weight_sender import Progress, send_stage
 from shardwright.transport.base import Transport, WorkerClient
 from shardwright.types import (
@@ -247,11 +248,17 @@ class Session:
     """A model that answers, and what a command wants to know about it."""
 
     def __init__(
-        self, engine: MasterEngine, model: OpenModel, workers: Sequence[KnownWorker], tokenizer: Tokenizer | None
+        self,
+        engine: MasterEngine,
+        model: OpenModel,
+        workers: Sequence[KnownWorker],
+        tokenizer: Tokenizer | None,
+        tracing: MasterTracing | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
         self.workers = tuple(workers)
+        self.tracing = tracing  # None: no traces are made
         self._tokenizer = tokenizer
         self._ready_at = int(datetime.now(tz=UTC).timestamp())
 
@@ -392,6 +399,7 @@ async def open_session(
     if model is None:
         model = await open_model(config, listener)
     async with contextlib.AsyncExitStack() as stack:
+        tracing = await stack.enter_async_context(master_tracing(config.otlp_endpoint, model=model.files.name))
         known, silent = await meet_workers(transport, entries, timeout_s=config.connect_timeout_s)
         for worker in known:
             stack.push_async_callback(worker.client.close)
@@ -408,10 +416,11 @@ async def open_session(
         check_free(known)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
         tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
+        sender = _StageSender(model, tokenizer, known, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),
             {worker.worker_id: worker.client for worker in known},
-            _StageSender(model, tokenizer, known, config.cache_dir, listener),
+            sender if tracing is None else tracing.loader(sender),
             heartbeat_interval_s=config.heartbeat_interval_s,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             history_interval_s=config.metrics_interval_s,
@@ -419,9 +428,11 @@ async def open_session(
         )
         for worker in known:
             engine.observatory.worker_described(worker.worker_id, worker.description, worker.entry.address)
+        if tracing is not None:
+            tracing.watch(engine.observatory, lambda: engine.snapshot().stages)
         await stack.enter_async_context(engine)
         await engine.deploy(capacities)
-        session = Session(engine, model, known, tokenizer)
+        session = Session(engine, model, known, tokenizer, tracing)
         listener.ready(session.stages)
         if write_metrics:
             files = _MetricsFiles(engine, config)

@@ -282,7 +282,7 @@ class _Generation:
         match event:
             case TokenEvent():
                 if choice.add(event):
-                    self._engine.cancel(choice.seq_id)  # its end comes as an event, with what was cached
+                    self._engine.cancel(choice.seq_id, has_all=True)  # its end comes as an event, with what was cached
             case PromptScoresEvent():
                 assert self._scores is not None, "scores come only to whom asked for them"
                 self._scores += event.scores

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from shardwright.config import WorkerConfig
 from shardwright.runtime.probe import Machine
 from shardwright.runtime.tensor_cache import TensorCache
+from shardwright.runtime.tracing import traced_service
 from shardwright.runtime.weight_receiver import WeightReceiver
 from shardwright.runtime.worker import WorkerShell
 from shardwright.transport.base import Listener, Transport
@@ -54,7 +55,8 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(receiver.close)
         stack.push_async_callback(shell.close)
-        listener = await transport.serve(address, shell)
+        service = await stack.enter_async_context(traced_service(config.otlp_endpoint, shell))
+        listener = await transport.serve(address, service)
         stack.push_async_callback(listener.close, grace_s=CLOSE_GRACE_S)
         yield listener
 
