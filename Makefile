@@ -25,7 +25,7 @@ unexport PROMPT MODEL WORKERS PORT SEEDS
 .PHONY: help venv demo serve test test-programs sim lint bench clean
 
 help:  ## list what there is
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)  ## make .venv with everything pinned in pyproject.toml
 
