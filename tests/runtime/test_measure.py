@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from shardwright.runtime.measure import (
     device_name,
     host_id,
     machine_memory,
+    measure_disk,
     measure_speed,
     offered_bytes,
     resolve_device,
@@ -27,6 +29,7 @@ from shardwright.runtime.measure import (
 from shardwright.runtime.probe import Machine, gpu_address
 
 CPU = torch.device("cpu")
+IN_MEMORY = Path("/dev", "shm")
 
 
 # --- the device --------------------------------------------------------------------------------------
@@ -192,6 +195,71 @@ def test_a_measurement_is_short_plausible_and_gives_its_memory_back():
     assert psutil.Process().memory_info().rss - before < measure.READ_BUFFER_BYTES // 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_matrix_rate_is_of_the_dtype_that_was_asked_for(monkeypatch, dtype):
+    multiplied = set()
+    matmul = torch.matmul
+
+    def watched(left, right):
+        multiplied.update((left.dtype, right.dtype))
+        return matmul(left, right)
+
+    monkeypatch.setattr(torch, "matmul", watched)
+    assert 1e7 < measure_speed(CPU, num_threads=1, dtype=dtype).matrix_rate < 1e16
+    assert multiplied == {getattr(torch, dtype)}
+
+
+# --- the disk ----------------------------------------------------------------------------------------
+
+no_page_cache_control = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache can't be dropped")
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Files that are written in no time."""
+    monkeypatch.setattr(measure, "DISK_FILE_BYTES", 8 << 20)
+
+
+@no_page_cache_control
+def test_a_disk_is_read_and_nothing_is_left_on_it(small_files, tmp_path):
+    bandwidth = measure_disk(tmp_path / "made" / "for it")
+    assert bandwidth is None or 1e5 < bandwidth < 1e12  # None: the temporary folder lies in memory
+    assert list(tmp_path.rglob("*")) == [tmp_path / "made", tmp_path / "made" / "for it"]
+
+
+@no_page_cache_control
+def test_a_file_that_stays_in_memory_tells_nothing_of_the_disk(small_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)  # as a file system in memory takes it
+    assert measure_disk(tmp_path) is None
+
+
+@no_page_cache_control
+@pytest.mark.skipif(not IN_MEMORY.is_mount(), reason="there is no file system in memory")
+def test_memory_is_not_taken_for_a_disk(small_files):
+    assert measure_disk(IN_MEMORY) is None
+
+
+def test_a_disk_that_is_nearly_full_or_read_only_is_left_alone(small_files, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert measure_disk(tmp_path / "file") is None
+    if hasattr(os, "posix_fadvise"):
+        monkeypatch.setattr(measure, "DISK_FILE_BYTES", 1 << 60)
+        assert measure_disk(tmp_path) is None
+
+
+def test_a_system_that_keeps_files_cached_has_no_disk_to_measure(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert measure_disk(tmp_path) is None
+
+
+def test_a_machine_measures_itself_again_when_asked(small_files, tmp_path, monkeypatch):
+    machine = Machine(device="cpu", threads=1, memory_bytes=0, cache_dir=tmp_path)
+    monkeypatch.setattr("shardwright.runtime.probe.measure_disk", lambda folder: (folder, 5.0))
+    assert machine.measure_disk() == (tmp_path, 5.0)
+    speed = machine.measure_speed("bfloat16")
+    assert min(speed.read_bandwidth, speed.matrix_rate) > 1e8
+
+
 def test_a_machine_describes_itself():
     machine = Machine(device="cpu", threads=1, memory_bytes=123_456)
     description = machine.describe()
@@ -200,6 +268,7 @@ def test_a_machine_describes_itself():
     assert 123_456 < description.shared_memory_bytes < description.memory_total_bytes
     assert description.torch_version == torch.__version__
     assert description.host_id == host_id()
+    assert machine.measure_disk() is None  # it was not told where its tensors are
     report = machine.report(epoch=3, queue_depth=1, steps_done=2, busy_s=0.5, uptime_s=9.0, timings=())
     assert (report.epoch, report.queue_depth, report.steps_done) == (3, 1, 2)
     assert report.device_name == description.device_name
