@@ -16,6 +16,7 @@ import shardwright
 from shardwright.api import schemas
 from shardwright.api.chat import chat
 from shardwright.api.completions import complete
+from shardwright.api.dashboard import add_dashboard
 from shardwright.api.document import body, document, responses
 from shardwright.api.errors import SERVER, ApiError, of_validation
 from shardwright.api.keys import Keyring, read_key_file
@@ -79,6 +80,7 @@ def create_app(engine: TextEngine, config: ServeConfig) -> FastAPI:
     _add_models(app, service)
     _add_state(app, service)
     add_observation(app, service)
+    add_dashboard(app, service)
     app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     return app
 
