@@ -1,11 +1,8 @@
 """Requests made from the OpenAPI document: no answer is a server error, and each is as the document says."""
 
-import asyncio
-import threading
-
 import pytest
 import schemathesis
-from api_server import running_server
+from api_server import server_in_thread
 from fake_text_engine import FakeTextEngine
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
@@ -15,22 +12,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 @pytest.fixture(scope="module")
 def api_schema():
     """The document of a server that runs in a thread of its own."""
-    listening, done, found = threading.Event(), threading.Event(), {}
-
-    async def run():
-        async with running_server(FakeTextEngine(reply=lambda *_: "ok")) as server:
-            found["url"] = server.url
-            listening.set()
-            await asyncio.to_thread(done.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        assert listening.wait(10)
-        yield schemathesis.openapi.from_url(f"{found['url']}/openapi.json")
-    finally:
-        done.set()
-        thread.join(10)
+    with server_in_thread(FakeTextEngine(reply=lambda *_: "ok")) as server:
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
 OPERATIONS = [

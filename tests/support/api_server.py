@@ -1,7 +1,8 @@
 """A real server on a free port, in this process's event loop, with the fake engine behind it."""
 
 import asyncio
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from fake_text_engine import FakeTextEngine
@@ -57,3 +58,27 @@ async def running_server(engine=None, **settings):
         assert task.done(), "the server did not end"
         if not task.cancelled():
             task.result()
+
+
+@contextmanager
+def server_in_thread(engine=None, **settings):
+    """The same in a thread and event loop of its own, for tests of what blocks; gives the `Running`."""
+    listening, done, found = threading.Event(), threading.Event(), []
+
+    async def run():
+        try:
+            async with running_server(engine, **settings) as server:
+                found.append(server)
+                listening.set()
+                await asyncio.to_thread(done.wait)
+        finally:
+            listening.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        assert listening.wait(10), "the server did not begin"
+        yield found[0]
+    finally:
+        done.set()
+        thread.join(15)

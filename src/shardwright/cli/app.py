@@ -9,7 +9,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from shardwright import __version__
-from shardwright.cli import api_key, bench_serve, cache, chat, cluster, generate, grafana, options, plan, serve
+from shardwright.cli import (
+    api_key,
+    bench_serve,
+    cache,
+    chat,
+    cluster,
+    generate,
+    grafana,
+    options,
+    plan,
+    serve,
+    status,
+    top,
+)
 from shardwright.cli.bootstrap import start_with
 from shardwright.cli.console import leave, run_app
 from shardwright.runtime.threads import worker_environment
@@ -42,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (cluster, plan, generate, serve, chat, bench_serve, api_key, cache, grafana):
+for room in (cluster, plan, generate, serve, status, top, chat, bench_serve, api_key, cache, grafana):
     room.add_commands(app)
 
 
@@ -53,7 +66,7 @@ def _show_version(value: bool) -> None:
 
 
 @app.callback()
-def top(
+def before(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and end.", callback=_show_version, is_eager=True)
     ] = False,
