@@ -174,7 +174,7 @@ async def run_server(
                 engine = session.serve_as(name or public_name(session.model.files.name))
                 app = create_app(engine, api)
                 if session.tracing is not None:
-                    app.add_middleware(session.tracing.http)
+                    app.add_middleware(session.tracing.http, model=engine.model.name)
 
                 def announce(url: str) -> None:
                     print(ready_line(engine.model, url, needs_key=api.api_key_file is not None), flush=True)

@@ -14,7 +14,7 @@ from opentelemetry import trace as otel
 from opentelemetry.trace import Span, SpanKind
 
 from shardwright.runtime.otel_export import Spans, fail, nanoseconds, remote_context, trace_parent_of, wall_clock
-from shardwright.runtime.otel_requests import OPERATION
+from shardwright.runtime.otel_requests import ASKED_FOR
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -56,7 +56,7 @@ class HttpTracing:
                 "gen_ai.request.model": self._model,
             },
         )
-        context = otel_context.set_value(OPERATION, operation, otel.set_span_in_context(span))
+        context = otel_context.set_value(ASKED_FOR, (operation, self._model), otel.set_span_in_context(span))
         token = otel_context.attach(context)
         try:
             await self._answer(span, scope, receive, send)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
@@ -27,8 +27,8 @@ MAX_PASSAGES: Final = 4096
 MAX_EPOCHS: Final = 16
 SPANS_AT_ONCE: Final = 16  # made in one turn of the event loop: about a millisecond
 
-OPERATION: Final = otel_context.create_key("shardwright-operation")
-"""In the context of who submits: `gen_ai.operation.name`."""
+ASKED_FOR: Final = otel_context.create_key("shardwright-asked-for")
+"""In the context of who submits: what was asked for, as (`gen_ai.operation.name`, `gen_ai.request.model`)."""
 
 
 @dataclass(slots=True)
@@ -76,15 +76,17 @@ class RequestTracing:
 
     def begin(self, seq_id: SeqId, now: float) -> str:
         """A sequence was queued, by the task that runs; gives the trace's id, empty when nothing of it is kept."""
-        operation = str(otel_context.get_value(OPERATION) or "text_completion")
+        operation, asked_model = cast(
+            "tuple[str, str]", otel_context.get_value(ASKED_FOR) or ("text_completion", self._model)
+        )
         span = self._tracer.start_span(
-            f"{operation} {self._model}",
+            f"{operation} {asked_model}",
             kind=SpanKind.INTERNAL,
             start_time=nanoseconds(now),
             attributes={
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "shardwright",
-                "gen_ai.request.model": self._model,
+                "gen_ai.request.model": asked_model,
                 "gen_ai.response.model": self._model,
             },
         )

@@ -399,7 +399,9 @@ async def open_session(
     if model is None:
         model = await open_model(config, listener)
     async with contextlib.AsyncExitStack() as stack:
-        tracing = await stack.enter_async_context(master_tracing(config.otlp_endpoint, model=model.files.name))
+        tracing = await stack.enter_async_context(
+            master_tracing(config.otlp_endpoint, model=_plain_name(model.files.name))
+        )
         known, silent = await meet_workers(transport, entries, timeout_s=config.connect_timeout_s)
         for worker in known:
             stack.push_async_callback(worker.client.close)
@@ -470,6 +472,11 @@ def _load_tokenizer(files: ModelFiles, cache_dir: Path, stop: threading.Event) -
     )
 
 
+def _plain_name(model: str) -> str:
+    """What a model is called where others read it: of a path the last part."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 class _MetricsFiles:
     """Keeps `metrics.json` and, beside it, the rows of the last hour up to date while a session lasts."""
 
@@ -479,22 +486,23 @@ class _MetricsFiles:
         self._writer = MetricsWriter(config.metrics)
         self._log = MetricsLog(config.metrics_log, kept_s=config.metrics_history_s) if config.write_history else None
         self._written = 0.0  # timestamp of the last row in the file
+        self._stopping = asyncio.Event()
 
     async def keep(self) -> None:
-        """Write until cancelled, once in each interval."""
+        """Write once in each interval, until `end`."""
         if self._log is not None:
             earlier = await asyncio.to_thread(self._log.read, now=self._observatory.view().at)
             self._observatory.remember(earlier)
             self._written = max((float(row["timestamp"]) for row in earlier), default=0.0)
-        while True:
+        while not self._stopping.is_set():
             await self._write()
-            await asyncio.sleep(self._interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._interval_s)
 
     async def end(self, task: asyncio.Task[None]) -> None:
         """Stop, and leave the last state in the files: a command may be over before the first interval is."""
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        self._stopping.set()
+        await task  # not cancelled: a thread that writes would go on beside the last one
         self._observatory.look()
         await self._write()
 

@@ -57,11 +57,11 @@ class MasterTracing:
 
         return LoadTracing(self._spans, load, model=self._model)
 
-    def http(self, app: App) -> App:
-        """The same application, with a span for each request for an answer."""
+    def http(self, app: App, *, model: str) -> App:
+        """The same application, with a span for each request for an answer; clients call the model by this name."""
         from shardwright.runtime.otel_http import HttpTracing
 
-        return HttpTracing(app, self._spans, model=self._model, clock=self._clock)
+        return HttpTracing(app, self._spans, model=model, clock=self._clock)
 
     def watch(self, observatory: MasterObservatory, stages: Callable[[], Sequence[StageAssignment]]) -> None:
         """Have the sequences traced that come from now on, out of what the observatory tells; once."""
