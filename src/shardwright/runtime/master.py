@@ -576,7 +576,8 @@ class MasterEngine:
     async def _run_tokens(self, link: _StepLink) -> None:
         try:
             async for result in self._workers[link.last].tokens(link.epoch):
-                self.observatory.step_returned(result.epoch, result.step, self._clock())
+                if result.epoch == link.epoch:  # what an older pipeline left is void
+                    self.observatory.step_returned(result.epoch, result.step, self._clock())
                 self._handle(
                     TokensSampled(
                         epoch=result.epoch, step=result.step, tokens=result.tokens, prompt_scores=result.prompt_scores

@@ -271,7 +271,8 @@ def _rounded(value: float | None, digits: int) -> float | None:
 def _iso(timestamp: float) -> str | None:
     """A time as text; None for a clock so wrong that no date exists for it."""
     try:
-        return datetime.fromtimestamp(timestamp, tz=UTC).isoformat(timespec="milliseconds")
+        # Milliseconds are cut off, not rounded: a little more gives those that `timestamp` shows.
+        return datetime.fromtimestamp(round(timestamp, 3) + 1e-5, tz=UTC).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):
         return None
 
