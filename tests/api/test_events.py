@@ -95,6 +95,15 @@ def test_then_each_second_what_is_new(broadcast, seen, clock):
     assert [(each["number"], len(each["stages"])) for each in found["steps"]["steps"]] == [(8, 2)]
 
 
+def test_of_requests_that_are_over_only_the_newest_are_told(broadcast, seen):
+    over = [example_request(number) for number in range(300, 0, -1)]
+    waits = example_request(0, finished_at=None, reason=None)
+    seen.traces = [*over, waits]
+    data, _ = broadcast.begin()
+    told = [each["seq_id"] for each in dict(read(data))["requests"]["requests"]]
+    assert told == [*range(300, 200, -1), 0]
+
+
 def test_all_listeners_get_the_same_second_which_is_made_once(broadcast, seen, clock):
     starts = [broadcast.begin()[1] for _ in range(2)]
     before = seen.num_views
@@ -202,7 +211,7 @@ async def test_more_listeners_than_there_is_room_for_are_refused_until_one_goes(
 
 
 async def test_a_listener_that_reads_nothing_is_cut_off(start, seen):
-    seen.traces = [example_request(number) for number in range(1, 2000)]
+    seen.traces = [example_request(number, finished_at=None) for number in range(1, 2000)]
     server = await start(FakeTextEngine(observatory=seen), write_timeout_s=0.3)
     reader, writer = await server.raw()
     writer.write(b"GET /api/events HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -216,7 +225,7 @@ async def test_a_listener_that_reads_nothing_is_cut_off(start, seen):
         while not listens():  # noqa: ASYNC110  the server tells nobody
             await asyncio.sleep(0.01)
         while listens():
-            seen.traces.append(example_request(len(seen.traces) + 1))
+            seen.traces.append(example_request(len(seen.traces) + 1, finished_at=None))
             await asyncio.sleep(0.01)
 
 

@@ -69,6 +69,15 @@ async def test_the_state_leaves_out_traces_of_steps(http, server, seen):
     assert [worker["report"]["traces"] for worker in state["workers"]] == [[], []]
 
 
+async def test_the_model_has_the_name_that_it_is_served_under(http, server, seen):
+    """Not where it lies on the master's disk."""
+    seen.change_view(model_name="/home/anna/models/secret")
+    for path in ("/api/state", "/metrics"):
+        text = (await http.get(server.url + path)).text
+        assert "/home/anna" not in text
+        assert "fake/characters-1" in text
+
+
 async def test_steps_are_those_after_a_number(http, server, seen):
     assert await get(http, server, "/api/steps") == {"steps": [plain(step) for step in seen.passages]}
     assert [step["number"] for step in (await get(http, server, "/api/steps", since=5))["steps"]] == [6, 7]

@@ -276,17 +276,17 @@ def test_in_a_terminal_it_goes_on_over_a_restart_and_ctrl_c_ends_it(seen):
         try:
             at = terminal.wait_for("rack-1")
             assert "\x1b[?1049h" in terminal.text
-            seen.change_view(model_name="another-name")
-            at = terminal.wait_for("another-name", after=at)
+            seen.change_worker("rack-1", status="another-state")
+            at = terminal.wait_for("another-state", after=at)
         except BaseException:
             terminal.close()
             raise
     try:
         at = terminal.wait_for("no answer for .*no connection", after=at)
-        seen.change_view(model_name="third-name")
+        seen.change_worker("rack-1", status="third-state")
         with server_in_thread(FakeTextEngine(observatory=seen), port=port):
-            at = terminal.wait_for("third-name", after=at)
-            at = terminal.wait_for("third-name", after=at)
+            at = terminal.wait_for("third-state", after=at)
+            at = terminal.wait_for("third-state", after=at)
             os.write(terminal.master, b"\x03")
             terminal.wait_for(r"\x1b\[\?1049l", after=at)
             assert terminal.process.wait(10) == 0

@@ -115,14 +115,15 @@ class ClusterCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All families, those without a sample too."""
-        return _Scrape(self._engine.observatory.view()).families.values()
+        return _Scrape(self._engine.observatory.view(), self._engine.model.name).families.values()
 
 
 class _Scrape:
-    """One scrape: families by name, filled from one view."""
+    """One scrape: families by name, filled from one view; the model has the name that it is served under."""
 
-    def __init__(self, view: ClusterView) -> None:
+    def __init__(self, view: ClusterView, model_name: str) -> None:
         self.families: dict[str, _Metrics] = {family.name: _empty(family) for family in FAMILIES}
+        self._put("master_info", 1, model_name, str(view.num_layers))
         self._master(view)
         self._sequences(view)
         statuses: dict[str, int] = {}
@@ -152,7 +153,6 @@ class _Scrape:
 
     def _master(self, view: ClusterView) -> None:
         snapshot = view.snapshot
-        self._put("master_info", 1, view.model_name, str(view.num_layers))
         self._put("start_time_seconds", view.started_at)
         self._put("ready", view.is_ready)
         self._put("kv_blocks", snapshot.num_blocks)

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema, to_json
 
+from shardwright.engine import TextEngine
 from shardwright.observation import ClusterView, HistoryPoint, RequestTrace, StepPassage, WorkerView
 from shardwright.types import WorkerSnapshot
 
@@ -23,10 +24,19 @@ def encode(value: object) -> bytes:
     return to_json(value, inf_nan_mode="null")
 
 
-def without_traces(view: ClusterView) -> ClusterView:
-    """The view with the traces of its workers' reports left empty: they are many, and steps tell the same."""
-    snapshot = replace(view.snapshot, workers=tuple(_light(worker) for worker in view.snapshot.workers))
-    return replace(view, snapshot=snapshot, workers=tuple(_light(worker) for worker in view.workers))
+def as_served(engine: TextEngine) -> ClusterView:
+    """The engine's view as clients may see it.
+
+    The model has the name that it is served under: its own may be a path on the master's disk. The traces of workers'
+    reports are left empty: they are many, and steps tell the same.
+    """
+    view = engine.observatory.view()
+    return replace(
+        view,
+        model_name=engine.model.name,
+        snapshot=replace(view.snapshot, workers=tuple(_light(worker) for worker in view.snapshot.workers)),
+        workers=tuple(_light(worker) for worker in view.workers),
+    )
 
 
 def _light(worker: _Reporter) -> _Reporter:

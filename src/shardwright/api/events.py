@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shardwright.api.encoding import encode, without_traces
+from shardwright.api.encoding import as_served, encode
 from shardwright.api.errors import SERVER, ApiError, shutting_down
 from shardwright.api.limits import ClientGoneError
 from shardwright.api.stream import EventWriter, while_connected
 from shardwright.engine import TextEngine
+from shardwright.observation import RequestTrace
 
 TICK_S = 1.0
 _KEPT = 15  # seconds of events, for listeners that are slow for a moment
+_ENDED = 100  # requests that are over, of which each second tells; /api/requests has all that are known
 
 
 class Broadcast:
@@ -73,9 +75,9 @@ class Broadcast:
         observatory = self._engine.observatory
         history = tuple(point for point in observatory.history() if point.at <= self._history_at)
         whole = (
-            _event("state", without_traces(observatory.view())),
+            _event("state", as_served(self._engine)),
             _event("history", {"history": history}),
-            _event("requests", {"requests": observatory.requests()}),
+            _event("requests", {"requests": _recent(observatory.requests())}),
             _event("steps", {"steps": observatory.steps()}),
         )
         return b"".join(whole), self._made
@@ -102,11 +104,11 @@ class Broadcast:
 
     def _make(self) -> bytes:
         observatory = self._engine.observatory
-        events = [_event("state", without_traces(observatory.view()))]
+        events = [_event("state", as_served(self._engine))]
         self._steps_cursor, steps = observatory.steps_changed(self._steps_cursor)
         if steps:
             events.append(_event("steps", {"steps": steps}))
-        requests = _event("requests", {"requests": observatory.requests()})
+        requests = _event("requests", {"requests": _recent(observatory.requests())})
         if requests != self._requests:
             self._requests = requests
             events.append(requests)
@@ -114,6 +116,16 @@ class Broadcast:
             self._history_at = points[-1].at
             events.append(_event("history", {"history": points}))
         return b"".join(events)
+
+
+def _recent(requests: tuple[RequestTrace, ...]) -> list[RequestTrace]:
+    """Those that are not over, and the newest that are."""
+    recent, num_ended = [], 0
+    for request in requests:
+        num_ended += request.finished_at is not None
+        if request.finished_at is None or num_ended <= _ENDED:
+            recent.append(request)
+    return recent
 
 
 def _event(name: str, value: object) -> bytes:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import PlainTextResponse, Response
 
 from shardwright.api.document import answers, events, many, one, responses
-from shardwright.api.encoding import encode, without_traces
+from shardwright.api.encoding import as_served, encode
 from shardwright.api.errors import ApiError, invalid
 from shardwright.api.events import Broadcast, EventsAnswer
 from shardwright.api.metrics import CONTENT_TYPE
@@ -37,7 +37,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def state(request: Request) -> Response:
         """The cluster at this moment. Reports' `traces` are left empty."""
         _admit(service, request)
-        return _json(without_traces(observatory.view()))
+        return _json(as_served(service.engine))
 
     @app.get(
         "/api/steps",
