@@ -43,9 +43,14 @@ class WorkerConfig:
     cache_limit_bytes: int = 50 * GIB
     max_frame_bytes: int = 256 * MIB  # largest tensor that a peer may send
     otlp_endpoint: str = ""  # http(s)://host:port of an OTLP collector that gets traces, over gRPC; empty: none
+    metrics_port: int | None = None  # where Prometheus is answered, on the same host; 0: a free one; None: nowhere
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
+        if self.metrics_port is not None:
+            _check_range("metrics_port", self.metrics_port, 0, 65535)
+            if self.metrics_port == self.port != 0:
+                raise ConfigError(f"metrics_port is {self.metrics_port}, and so is port; choose two different ones")
         _check_range("threads", self.threads, 0, 1024)
         _check_range("memory_bytes", self.memory_bytes, 0, None)
         _check_range("cache_limit_bytes", self.cache_limit_bytes, 0, None)

@@ -9,7 +9,7 @@ import pytest
 
 from shardwright import __version__
 from shardwright.cli import cluster
-from shardwright.cli.nodes import master_node
+from shardwright.cli.nodes import master_node, worker_node
 from shardwright.config import WorkerConfig
 from shardwright.errors import AddressInUseError, WorkerUnreachableError
 from shardwright.runtime.registry import WorkerEntry
@@ -157,19 +157,54 @@ def test_a_worker_announces_its_port_and_gets_its_settings(run_cli, monkeypatch,
 
     async def run_worker(config, *, announce):
         seen.append(config)
-        announce("0.0.0.0:50077")
+        announce("0.0.0.0:50077", "")
 
     serve(monkeypatch, run_worker)
     outcome = run_cli(
         "worker", "--host", "127.0.0.1", "--port", "0", "--device", "cpu", "--threads", "2", "--memory-gib", "1.5",
         "--cache-dir", tmp_path,
     )  # fmt: skip
-    assert (outcome.code, outcome.out) == (0, "Worker node started on port 50077\n")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "Worker node started on port 50077\n", "")
     assert seen == [
         WorkerConfig(
             host="127.0.0.1", port=0, device="cpu", threads=2, memory_bytes=3 * 2**29, cache_dir=tmp_path
         )
     ]  # fmt: skip
+
+
+def test_a_worker_says_where_its_metrics_are(run_cli, monkeypatch):
+    seen = []
+
+    async def run_worker(config, *, announce):
+        seen.append(config.metrics_port)
+        announce("0.0.0.0:50077", "0.0.0.0:9100")
+
+    serve(monkeypatch, run_worker)
+    outcomes = [
+        run_cli("worker", "--metrics-port", "9100"),
+        run_cli("--metrics-port", "9100", entry=worker_node),
+    ]
+    for outcome in outcomes:
+        assert (outcome.code, outcome.out) == (0, "Worker node started on port 50077\n")
+        assert outcome.err == "metrics at http://0.0.0.0:9100/metrics\n"
+    assert seen == [9100, 9100]
+
+
+def test_workers_that_a_program_starts_do_not_compete_for_one_metrics_port(run_cli, monkeypatch):
+    """They all read the port from the same environment; a port on their own command line is meant for them."""
+    seen = []
+
+    async def run_worker(config, *, announce):
+        seen.append(config.metrics_port)
+
+    serve(monkeypatch, run_worker)
+    monkeypatch.setattr(cluster.aio, "until_stdin_closes", lambda serving: serving)
+    run_cli("worker", "--exit-with-stdin")
+    monkeypatch.setenv("SHARDWRIGHT_METRICS_PORT", "9100")
+    run_cli("worker", "--exit-with-stdin")
+    run_cli("worker", "--exit-with-stdin", "--metrics-port", "9200")
+    run_cli("worker")
+    assert seen == [None, 0, 9200, 9100]
 
 
 def test_a_port_in_use_is_one_sentence(run_cli, monkeypatch):
@@ -196,6 +231,8 @@ def test_ctrl_c_is_how_a_worker_is_stopped_and_no_error(run_cli, monkeypatch):
     [
         (("--port", "70000"), "port is 70000; it must be between 0 and 65535"),
         (("--threads", "-1"), "threads is -1"),
+        (("--metrics-port", "65536"), "metrics_port is 65536; it must be between 0 and 65535"),
+        (("--metrics-port", "50051"), "metrics_port is 50051, and so is port; choose two different ones"),
     ],
 )
 def test_a_bad_worker_setting_is_refused(run_cli, argv, says):

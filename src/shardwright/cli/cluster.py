@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,6 +50,12 @@ def worker(
     ] = None,
     cache_dir: options.CacheDir = None,
     otlp_endpoint: options.OtlpEndpoint = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port", metavar="PORT", help="Answer Prometheus at this port; 0: a free one (default: at none)."
+        ),
+    ] = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     config: options.ConfigFile = None,
     debug: options.Debug = False,
@@ -71,11 +77,17 @@ def worker(
         memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
         cache_dir=cache_dir,
         otlp_endpoint=otlp_endpoint,
+        metrics_port=metrics_port,
     )
+    if exit_with_stdin and metrics_port is None and settings.metrics_port is not None:
+        # Workers that one program starts on one machine read the same settings: a port is there for one of them.
+        settings = replace(settings, metrics_port=0)
 
-    def announce(address: str) -> None:
+    def announce(address: str, metrics_address: str) -> None:
         # Whoever starts workers from a program reads this line to learn the port.
         print(f"Worker node started on port {address.rpartition(':')[2]}", flush=True)
+        if metrics_address:
+            say(f"metrics at http://{metrics_address}/metrics")
 
     serving = serve_worker(settings, announce=announce)
     try:
@@ -176,7 +188,7 @@ def grpc_transport(config: MasterConfig) -> Transport:
     return GrpcTransport(max_frame_bytes=config.max_frame_bytes)
 
 
-async def serve_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
+async def serve_worker(config: WorkerConfig, *, announce: Callable[[str, str], None]) -> None:
     """Serve until cancelled; imported late because torch takes seconds to load, and reads how to wait when it does."""
     for name, value in short_waiting().items():
         os.environ.setdefault(name, value)

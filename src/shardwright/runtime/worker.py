@@ -315,6 +315,7 @@ class WorkerShell:
         self._stop_build = threading.Event()  # of the load that goes on now, if one does
         self._tasks: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
+        self.metrics_port = 0  # where this worker answers Prometheus; set by who put it together; 0: nowhere
         self._closed = False
 
     # --- service -----------------------------------------------------------------------------------
@@ -324,7 +325,9 @@ class WorkerShell:
         held = self._held
         stage_bytes = held.stage.weight_bytes + held.stage.kv_bytes if held else 0
         about = await asyncio.to_thread(self._probe.describe, stage_bytes=stage_bytes)
-        return replace(about, last_epoch=self._state.last_epoch, in_use=self._open_links > 0)
+        return replace(
+            about, last_epoch=self._state.last_epoch, in_use=self._open_links > 0, metrics_port=self.metrics_port
+        )
 
     async def heartbeat(self, traces_since: int | None = None) -> HeartbeatReport:
         """The worker's state now; the machine is asked off the event loop, since NVML may be slow."""

@@ -8,6 +8,7 @@ import importlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from shardwright.config import WorkerConfig
 from shardwright.runtime.probe import Machine
@@ -15,14 +16,23 @@ from shardwright.runtime.tensor_cache import TensorCache
 from shardwright.runtime.tracing import traced_service
 from shardwright.runtime.weight_receiver import WeightReceiver
 from shardwright.runtime.worker import WorkerShell
-from shardwright.transport.base import Listener, Transport
+from shardwright.transport.address import join_address
+from shardwright.transport.base import Transport
 
 CLOSE_GRACE_S = 0.5
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenWorker:
+    """Where a worker listens."""
+
+    address: str  # host:port, for masters and other workers
+    metrics_port: int  # for Prometheus; 0: none
+
+
 @contextlib.asynccontextmanager
-async def open_worker(config: WorkerConfig, transport: Transport, address: str) -> AsyncIterator[Listener]:
-    """A worker that listens at `address` until the block ends.
+async def open_worker(config: WorkerConfig, transport: Transport, address: str) -> AsyncIterator[OpenWorker]:
+    """A worker that listens at `address` until the block ends, and for Prometheus at `metrics_port` of `config.host`.
 
     Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
     """
@@ -55,20 +65,33 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(receiver.close)
         stack.push_async_callback(shell.close)
+        if config.metrics_port is not None:
+            shell.metrics_port = await _serve_metrics(shell, config.host, config.metrics_port, stack)
         service = await stack.enter_async_context(traced_service(config.otlp_endpoint, shell))
         listener = await transport.serve(address, service)
         stack.push_async_callback(listener.close, grace_s=CLOSE_GRACE_S)
-        yield listener
+        yield OpenWorker(address=listener.address, metrics_port=shell.metrics_port)
 
 
-async def run_worker(config: WorkerConfig, *, announce: Callable[[str], None]) -> None:
-    """Serve as a worker over gRPC until cancelled; `announce` gets host:port once it listens."""
+async def _serve_metrics(shell: WorkerShell, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
+    """Answer Prometheus until the stack is closed; gives the port."""
+    from shardwright.runtime.worker_metrics import MetricsServer  # here: most workers need none of it
+
+    server = await asyncio.to_thread(MetricsServer, shell, host=host, port=port)
+    stack.push_async_callback(asyncio.to_thread, server.close)
+    return server.port
+
+
+async def run_worker(config: WorkerConfig, *, announce: Callable[[str, str], None]) -> None:
+    """Serve as a worker over gRPC until cancelled.
+
+    `announce` gets host:port once it listens, and host:port for Prometheus (empty: none).
+    """
     from shardwright.transport.grpc import GrpcTransport
 
     transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
-    address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
-    async with open_worker(config, transport, address) as listener:
-        announce(listener.address)
+    async with open_worker(config, transport, join_address(config.host, config.port)) as worker:
+        announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
         # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
         threading.Thread(target=_import_model_code, name="import", daemon=True).start()
         await asyncio.Event().wait()
