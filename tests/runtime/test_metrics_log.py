@@ -93,8 +93,15 @@ def test_lines_that_are_no_rows_are_passed_over(path):
     assert path.read_text(encoding="utf-8").startswith("[]\nnot json\n"), "somebody else's lines harm nobody"
 
 
-def test_a_missing_file_is_no_fault_to_read(path, caplog):
-    assert MetricsLog(path, kept_s=60.0).read(now=NOW) == []
+def test_a_missing_file_is_no_fault_while_there_is_nothing_to_write(path, caplog):
+    log = MetricsLog(path, kept_s=60.0)
+    assert log.read(now=NOW) == []
+    log.append([], now=NOW)
+    assert not path.exists()
+    log.append(rows_at(NOW), now=NOW)
+    path.unlink()
+    log.append(rows_at(NOW + 5), now=NOW + 5)
+    assert times_in(path) == [NOW + 5] * 2, "somebody deleted it: it is begun anew"
     assert caplog.records == []
 
 

@@ -4,6 +4,9 @@ The arithmetic is that of NTP (RFC 5905, section 8): a question leaves at `sent_
 `returned_s` on the master's clock; the worker took the one at `received_s` and gave the other at `answered_s` on its
 own. The offset that such a sample tells can be wrong by half of its round trip, so the shortest one tells most. Clocks
 run apart, so an old sample tells less than its round trip says; how fast they do is told by good samples far apart.
+
+Processes of one machine share its clock. Where every sample allows an offset of nothing, nothing it is: machines of
+their own would have to have been started in the same millisecond.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ ANCHORS_KEPT: Final = 8
 
 MOST_DRIFT: Final = 1e-3
 """No two clocks run apart faster than this, also while they are being set right: what differs more has jumped."""
+
+_GRAIN_S: Final = 1e-6
+"""Clocks and sums of their times are not finer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,10 @@ class ClockSync:
         best = self._best = min(self._samples, key=lambda s: s.round_trip_s / 2 + DRIFT * (returned_s - s.at))
         if self._num_added % KEPT == 0:
             self._anchors.append(min(self._samples, key=lambda s: s.round_trip_s))
-        self._offset_s = best.offset_s + self._drift(best) * (returned_s - best.at)
+        if all(abs(s.offset_s) <= s.round_trip_s / 2 + _GRAIN_S for s in self._samples):
+            self._offset_s = 0.0
+        else:
+            self._offset_s = best.offset_s + self._drift(best) * (returned_s - best.at)
         return is_same
 
     def _drift(self, best: _Sample) -> float:
@@ -92,4 +101,4 @@ class ClockSync:
 def _agree(one: _Sample, other: _Sample) -> bool:
     """Whether one offset can explain both: each is right to half of its round trip, but for the drift between them."""
     margin = (one.round_trip_s + other.round_trip_s) / 2 + MOST_DRIFT * abs(other.at - one.at)
-    return abs(one.offset_s - other.offset_s) <= margin + 1e-6  # a microsecond for the clocks' own grain
+    return abs(one.offset_s - other.offset_s) <= margin + _GRAIN_S

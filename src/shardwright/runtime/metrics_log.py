@@ -52,7 +52,7 @@ class MetricsLog:
                 self._mend()
             if lines:
                 self._add(lines.encode())
-            if self._oldest is None:
+            if self._oldest is None and (lines or self._path.exists()):
                 self._oldest = next((row["timestamp"] for _, row in _rows(self._path)), None)
             if self._oldest is not None and self._oldest < now - self._kept_s * (1 + 1 / _CUT_PART):
                 self._cut(now)
