@@ -166,8 +166,8 @@ def test_a_dashboard_asks_only_the_data_source_that_is_chosen_at_its_top(name):
 
 def test_variables_ask_for_labels_that_are_there(served):
     (cluster, worker) = DASHBOARDS["worker"]["templating"]["list"][1:]
-    assert cluster["query"] == "label_values(shardwright_ready, instance)"
-    assert worker["query"] == 'label_values(shardwright_worker_up{instance="$cluster"}, worker)'
+    assert cluster["query"]["query"] == "label_values(shardwright_ready, instance)"
+    assert worker["query"]["query"] == 'label_values(shardwright_worker_up{instance="$cluster"}, worker)'
     assert {"shardwright_ready", "shardwright_worker_up"} <= served.keys()
     assert "worker" in served["shardwright_worker_up"]
     for name in DASHBOARDS:

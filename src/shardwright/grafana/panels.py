@@ -151,7 +151,7 @@ def _choice(name: str, query: str, source: models.DataSourceRef) -> builders.Que
     return (
         builders.QueryVariable(name)
         .label(name.capitalize())
-        .query(query)
+        .query({"query": query, "refId": name})
         .datasource(source)
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
