@@ -49,6 +49,7 @@ class _Trace:
         "num_steps",
         "reason",
         "seq_id",
+        "shown",
         "started_at",
         "submitted_at",
         "trace_id",
@@ -70,6 +71,9 @@ class _Trace:
         self.trace_id = ""
         self.first_steps: list[_Part] = []
         self.last_steps: deque[_Part] | None = None
+        self.shown: tuple[float, RequestTrace] | None = (
+            None  # of one that is over: as of which offset to the wall clock
+        )
 
 
 class RequestLog:
@@ -170,7 +174,7 @@ class RequestLog:
     def requests(self, wall_offset: float) -> tuple[RequestTrace, ...]:
         """All that are known, newest first, without their steps; `wall_offset` makes the clock's times of day."""
         traces = sorted((*self._open.values(), *self._finished.values()), key=lambda t: t.seq_id, reverse=True)
-        return tuple(_shown(trace, wall_offset, steps=()) for trace in traces)
+        return tuple(_summary(trace, wall_offset) for trace in traces)
 
     def request(self, seq_id: SeqId, wall_offset: float) -> RequestTrace | None:
         """One of them, with its steps."""
@@ -182,6 +186,16 @@ class RequestLog:
             for number, count, is_prompt in (*trace.first_steps, *(trace.last_steps or ()))
         )
         return _shown(trace, wall_offset, steps=steps)
+
+
+def _summary(trace: _Trace, wall_offset: float) -> RequestTrace:
+    """A request without its steps; made once for one that is over."""
+    if trace.shown is not None and trace.shown[0] == wall_offset:
+        return trace.shown[1]
+    summary = _shown(trace, wall_offset, steps=())
+    if trace.finished_at is not None:
+        trace.shown = wall_offset, summary
+    return summary
 
 
 def _shown(trace: _Trace, wall_offset: float, *, steps: tuple[RequestStep, ...]) -> RequestTrace:
