@@ -120,7 +120,7 @@ def to_json(board: Board) -> str:
         .description(board.help)
         .tags([TAG])
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .time("now-30m", "now")
+        .time("now-1h", "now")
         .refresh("10s")
         .link(
             builders.DashboardLink("Shardwright")
