@@ -176,7 +176,7 @@ def prometheus_in(
         log = stack.enter_context((folder / "prometheus.log").open("w+"))
         http = stack.enter_context(httpx.Client(timeout=10, trust_env=False))
         for _ in range(3):  # another process may take the port in between
-            port = _free_port()
+            port = free_port()
             process = subprocess.Popen(
                 [
                     program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'prometheus-data'}",
@@ -214,7 +214,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine's loopback that nothing listens on now."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         return closed.getsockname()[1]
