@@ -22,7 +22,7 @@ export SIM_SEEDS := $(value SEEDS)
 export VENV_PYTHON := $(value PYTHON)
 unexport PROMPT MODEL WORKERS PORT SEEDS
 
-.PHONY: help venv demo serve test test-programs sim lint bench clean
+.PHONY: help venv demo serve test test-slow test-programs sim lint bench clean
 
 help:  ## list what there is
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -51,8 +51,11 @@ demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=
 serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at http://127.0.0.1:PORT=8000, until Ctrl-C
 	@exec $(BIN)/python -m shardwright serve --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" --port "$$SERVE_PORT"
 
-test: $(STAMP)  ## run all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+test: $(STAMP)  ## run the tests, but for the slow ones and those that need a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-slow: $(STAMP)  ## run the slow tests; some need Node.js, Chromium (make test-programs) or Debian's packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 test-programs:  ## install Chromium for the dashboard's tests (Debian or Ubuntu, as root)
 	@tools/install_test_programs.sh
