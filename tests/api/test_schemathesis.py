@@ -44,7 +44,8 @@ def test_all_operations_are_tried(api_schema):
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
 def test_every_answer_is_as_the_document_says_and_none_is_a_server_error(api_schema, path, method, mode):
     operation = api_schema[path][method]
-    if mode is GenerationMode.NEGATIVE and method == "GET" and not operation.definition.raw.get("parameters"):
+    kinds = {each["schema"].get("type") for each in operation.definition.raw.get("parameters", ())}
+    if mode is GenerationMode.NEGATIVE and method == "GET" and not kinds - {"string"}:
         pytest.skip("there is nothing to get wrong")
 
     @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
