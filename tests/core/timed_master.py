@@ -61,8 +61,7 @@ class TimedMaster:
         heapq.heappush(self._due, (when, next(self._count), action))
 
     def _beat(self, index: int) -> None:
-        counters = self.clocks[index].take()
-        self._tell(heartbeat(self.names[index], *counters.timings))
+        self._tell(heartbeat(self.names[index], *self.clocks[index].take()))
         self._at(self.now + HEARTBEAT_S, lambda: self._beat(index))
 
     def _tell(self, event: object) -> None:
@@ -122,4 +121,4 @@ class TimedMaster:
 
     def busy(self) -> list[float]:
         """Compute time of each stage by its own clock."""
-        return [clock.take().busy_s for clock in self.clocks]
+        return [clock.busy_s for clock in self.clocks]
