@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from shardwright.errors import LinkLostError, ShardwrightError, WorkerUnreachableError
+from shardwright.errors import FrameError, LinkLostError, ShardwrightError, WorkerUnreachableError
 from shardwright.model import stage as stage_module
 from shardwright.model.stage import StageOutput
 from shardwright.runtime import worker as worker_module
@@ -550,6 +550,16 @@ async def test_errors_are_counted_by_kind(pair):
     await second.listener.close(grace_s=0)
     await eventually(lambda: dict(first.shell.report().errors) == {"StaleEpochError": 1, "LinkLostError": 2})
     await link.replies.aclose()
+
+
+async def test_a_sender_that_breaks_the_protocol_counts_as_an_error(worker):
+    async def incoming() -> AsyncIterator[StepMessage]:
+        yield step(1)
+        raise FrameError("a frame lies about its length")
+
+    with pytest.raises(FrameError):
+        await collect(worker.shell.process_layers(incoming()))
+    assert dict(worker.shell.report().errors) == {"StaleEpochError": 1, "FrameError": 1}
 
 
 async def test_a_stage_that_can_not_be_built_counts_as_an_error(worker, monkeypatch):
