@@ -255,7 +255,7 @@ def every_cut(toy, capacities):
 @given(clusters(), st.sampled_from([1, 4]))
 def test_no_other_set_order_or_cut_is_much_better_than_the_one_that_is_found(case, num_sequences):
     toy, capacities = case
-    workload = Workload(num_sequences=num_sequences, prompt_tokens=20, new_tokens=30)
+    workload = Workload(num_sequences=num_sequences, prompt_tokens=20, new_tokens=30, context=10)
 
     def seconds(cut):
         """With the best number of steps that share the sequences out evenly, as the search has it."""

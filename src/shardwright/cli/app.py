@@ -15,6 +15,7 @@ from shardwright.cli import (
     cache,
     chat,
     cluster,
+    doctor,
     generate,
     grafana,
     options,
@@ -55,7 +56,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (cluster, plan, generate, serve, status, top, chat, bench_serve, api_key, cache, grafana):
+for room in (cluster, plan, generate, serve, status, top, chat, bench_serve, doctor, api_key, cache, grafana):
     room.add_commands(app)
 
 

@@ -1,4 +1,4 @@
-"""What `top` and `status` know of a running server: where it tells its state, and how that is read and checked."""
+"""What `top`, `status` and `doctor` know of a running server: where it tells its state, and how that is checked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from shardwright.cli.openai_http import check_url, client_settings, link_error, refusal
 from shardwright.errors import HttpServerError
-from shardwright.observation import ClusterView, HistoryPoint
+from shardwright.observation import ClusterView, HistoryPoint, StepPassage
 
 RECENT_S = 60.0  # older points say nothing of now
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
 _STATE = TypeAdapter(ClusterView)
 _HISTORY = TypeAdapter(dict[str, tuple[HistoryPoint, ...]])
+_STEPS = TypeAdapter(dict[str, tuple[StepPassage, ...]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,11 @@ class ServerWatch:
         path = f"/api/history?since={max(view.at - RECENT_S, 0.0):.3f}"
         history: dict[str, tuple[HistoryPoint, ...]] = self._read(_HISTORY, self._get(path), "/api/history")
         return Seen(view=view, points=history.get("history", ()), state_json=state)
+
+    def steps(self) -> tuple[StepPassage, ...]:
+        """The last steps that the server watched, oldest first."""
+        answer: dict[str, tuple[StepPassage, ...]] = self._read(_STEPS, self._get("/api/steps"), "/api/steps")
+        return answer.get("steps", ())
 
     def _get(self, path: str) -> bytes:
         try:

@@ -219,6 +219,7 @@ class _Search:
             speeds[0],
             read_bandwidth=max(speed.read_bandwidth for speed in speeds),
             matrix_rate=max(speed.matrix_rate for speed in speeds),
+            prompt_rate=max(speed.prompt_rate or speed.matrix_rate for speed in speeds),
             layer_overheads=(),
             head_overheads=(),
             hand_over_s=0.0,

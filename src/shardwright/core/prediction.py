@@ -6,7 +6,8 @@ A step of n tokens of b sequences takes a stage with the layers [s, e)
     head     the same of the head's weights for the rows that are sampled, + h(b); on the last stage
 
 W are the layers' bytes, K the bytes of the K and V that decodes attend to, n' the tokens with what attention adds to
-them (`step_budget.ContextCost`). It is the roofline model (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009),
+them (`step_budget.ContextCost`). The rate of a prompt is the one that this model's own products reach, if that was
+measured. It is the roofline model (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009),
 the same function that the planner costs stages with (`placement_costs.seconds_per_byte`), plus what is neither reading
 nor arithmetic: o(b) is measured for a layer and a step of b sequences (Python, starting kernels, waking threads), h(b)
 for the head (sampling among it). Where they were not measured they are 0, and the prediction is a bound from above.
@@ -67,7 +68,7 @@ def between(points: Sequence[tuple[float, float]], size: float) -> float:
             return points[0][1]
         right -= 1
     (x0, y0), (x1, y1) = points[right - 1], points[right]
-    return max(y0 + (y1 - y0) * (size - x0) / (x1 - x0), 0.0)
+    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +122,10 @@ class WorkerSpeed:
     host_id: str
     device: str
     read_bandwidth: float  # bytes/s
-    matrix_rate: float  # operations/s that prompts reach
+    matrix_rate: float  # operations/s of large products
+    prompt_rate: float | None = None  # operations/s that this model's prompts reach; None: as large products
     layer_overheads: tuple[tuple[float, float], ...] = ()  # (sequences of a step, seconds of a layer beside the above)
-    head_overheads: tuple[tuple[float, float], ...] = ()  # the same of the head, sampling included
+    head_overheads: tuple[tuple[float, float], ...] = ()  # the same of the head, sampling included; may be below 0
     hand_over_s: float = 0.0  # of a step: off the link, to the compute thread, back, onto the next link
     slowdown: float = 0.0  # part by which each further worker that computes on the device at once prolongs a step
 
@@ -132,9 +134,14 @@ class WorkerSpeed:
         """Equal for workers that share a device."""
         return self.host_id, self.device
 
+    def rate(self, load: StepLoad) -> float:
+        """Operations/s of such a step's layers."""
+        is_prompt = load.num_tokens > load.num_sequences
+        return self.prompt_rate or self.matrix_rate if is_prompt else self.matrix_rate
+
     def layer_s(self, load: StepLoad) -> float:
         """What a layer takes beside memory and arithmetic."""
-        return between(self.layer_overheads, load.num_sequences)
+        return max(between(self.layer_overheads, load.num_sequences), 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +181,7 @@ class Workload:
     num_sequences: int = 8
     prompt_tokens: int = 512
     new_tokens: int = 128
-
-    @property
-    def context(self) -> int:
-        """Positions that a decode attends to, on average."""
-        return self.prompt_tokens + self.new_tokens // 2
+    context: int = 128  # positions that a decode attends to, on average
 
 
 # --- what is predicted -------------------------------------------------------------------------------
@@ -420,20 +423,23 @@ def stage_seconds(
     layers = weights.of_layers(start, end)
     kv = load.context * load.num_sequences * weights.kv_per_block(start, end) / weights.settings.block_size
 
-    def byte_s(num_tokens: float) -> float:
+    def byte_s(num_tokens: float, rate: float) -> float:
         return seconds_per_byte(
             read_bandwidth=worker.read_bandwidth,
-            matrix_rate=worker.matrix_rate,
+            matrix_rate=rate,
             element_bytes=costs.element_bytes,
             num_tokens=num_tokens,
         )
 
     memory_s = (layers + kv) / worker.read_bandwidth
-    layers_s = max(memory_s, layers * byte_s(load.effective))
+    layers_s = max(memory_s, layers * byte_s(load.effective, worker.rate(load)))
     is_memory = layers_s == memory_s
     head_s = 0.0
     if end == costs.num_layers and load.num_sampled:
-        head_s = costs.head_bytes * byte_s(load.num_sampled) + between(worker.head_overheads, load.num_sampled)
+        head_s = costs.head_bytes * byte_s(load.num_sampled, worker.matrix_rate) + between(
+            worker.head_overheads, load.num_sampled
+        )
+        head_s = max(head_s, 0.0)  # what was measured may be less than the roofline: caches
     return StagePrediction(
         worker_id=worker.worker_id,
         start=start,
@@ -446,14 +452,20 @@ def stage_seconds(
     )
 
 
+def message_bytes(costs: ModelCosts, *, num_sequences: int, num_tokens: int) -> int:
+    """Of a step between two stages: its activation, and what names it."""
+    return _STEP_BYTES + _SLICE_BYTES * num_sequences + (_TOKEN_BYTES + costs.activation_bytes_per_token) * num_tokens
+
+
 def link_seconds(cluster: Cluster, sender: WorkerId, receiver: WorkerId, *, load: StepLoad) -> LinkPrediction:
     """One link's time for one step. The link must be known to the cluster."""
     link = cluster.link(sender, receiver)
     assert link is not None, f"the link from {sender or 'the master'} to {receiver or 'the master'} is unknown"
-    num_bytes = _STEP_BYTES + _SLICE_BYTES * load.num_sequences
-    if receiver != MASTER:
-        num_bytes += _TOKEN_BYTES * load.num_tokens
-        num_bytes += cluster.costs.activation_bytes_per_token * load.num_tokens if sender != MASTER else 0
+    if MASTER not in {sender, receiver}:
+        num_bytes = message_bytes(cluster.costs, num_sequences=load.num_sequences, num_tokens=load.num_tokens)
+    else:
+        num_bytes = _STEP_BYTES + _SLICE_BYTES * load.num_sequences
+        num_bytes += _TOKEN_BYTES * load.num_tokens if sender == MASTER else 0
     return LinkPrediction(
         sender=sender,
         receiver=receiver,
