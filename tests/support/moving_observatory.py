@@ -119,7 +119,8 @@ class MovingObservatory(FakeObservatory):
             report = replace(
                 worker.report, timestamp=now, steps_done=self._number, uptime_s=now - self.cluster.started_at
             )
-            self.change_worker(worker.worker_id, report=report, busy_ratio=(0.42, 0.61, 0.35)[number])
+            busy = None if worker.stage_index is None else (0.42, 0.61, 0.35)[number]
+            self.change_worker(worker.worker_id, report=report, busy_ratio=busy)
         if self._stopped_at is None:
             chain = pairwise(["", *WORKERS, ""])
             self.change_view(

@@ -148,7 +148,10 @@ export class Chat {
         const piece = choice?.delta?.content ?? choice?.text ?? "";
         if (choice?.finish_reason === "length") ending = "It reached its most tokens.";
         if (!choice || (piece === "" && choice.finish_reason === null && choice.delta?.role)) continue;
-        if (piece !== "") pace.piece(performance.now());
+        if (piece !== "") {
+          if (pace.firstAt === null) setText(byId("chat-status"), "Answering");
+          pace.piece(performance.now());
+        }
         this.#append(content, piece);
         setText(foot, String(pace));
       }

@@ -74,7 +74,7 @@ class Facts {
     const bound = snapshot.max_waiting ? ` of at most ${count(snapshot.max_waiting)}` : "";
     this.#set("Epoch", count(snapshot.epoch));
     this.#set("Running", counted(snapshot.num_running, "request"));
-    this.#set("Waiting", `${counted(snapshot.num_waiting, "request")}${bound}`);
+    this.#set("Waiting", `${count(snapshot.num_waiting)}${bound}`);
     this.#set("Steps under way", `${count(snapshot.num_steps_in_flight)} of at most ${count(snapshot.max_steps_in_flight)}`);
     this.#set("KV blocks used", snapshot.num_blocks ? `${percent(used / snapshot.num_blocks)} of ${count(snapshot.num_blocks)}` : UNKNOWN);
     this.#set("Tokens made", count(snapshot.total_output_tokens));

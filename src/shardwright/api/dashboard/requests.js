@@ -9,7 +9,7 @@ const MOST_ROWS = 60;
 const MOST_PREFILL = 8; // bars that are drawn one by one; the rest is summed up
 const MOST_DECODE = 6;
 const LABELS = Object.fromEntries(KINDS.map(({ id, label }) => [id, label]));
-const STATES = { stop: "done", length: "done: at its limit", abort: "given up by the client", error: "failed", deadline: "out of time", rejected: "refused" };
+const STATES = { stop: "done", length: "limit reached", abort: "given up", error: "failed", deadline: "out of time", rejected: "refused" };
 
 /** A request's state in words, and how it is to be seen. */
 export function stateOf(request) {
@@ -168,7 +168,7 @@ export class Requests {
     const [, state] = stateOf(trace);
     const tokens = `${counted(trace.num_prompt_tokens, "prompt token")} (${count(trace.num_cached_tokens)} cached), ${counted(trace.num_output_tokens, "token")} made`;
     const preempted = trace.num_preemptions ? `, ${counted(trace.num_preemptions, "preemption")}` : "";
-    box.replaceChildren(
+    const parts = [
       h("div", { class: "panel-head" },
         h("h3", {}, `Request #${trace.seq_id}: ${state}`),
         h("button", { type: "button", id: "waterfall-close", onclick: () => this.#close() }, "Close")),
@@ -179,7 +179,8 @@ export class Requests {
       totalsOf(fall),
       stepsOf(fall),
       ...["prefill", "decode"].filter((kind) => fall.byStage[kind].size).map((kind) => stagesOf(fall, kind)),
-    );
+    ];
+    box.replaceChildren(...parts.filter((part) => part !== null));
     if (focusedId) byId(focusedId)?.focus();
   }
 
@@ -214,15 +215,15 @@ function stepsOf(fall) {
   const span = Math.max(...shown.map(({ to }) => to)) - from || 1;
   const rows = shown.map((row) => {
     const bars = row.parts.map((part) => {
-      const bar = h("span", { class: `span kind-${part.kind === "compute" ? row.kind : part.kind}`, title: `${LABELS[part.kind]}${part.stage === null ? "" : `, stage ${part.stage}`}: ${duration(part.to - part.from)}` });
+      const bar = h("span", { class: `span kind-${part.kind === "compute" ? row.kind : part.kind}`, "data-odd": part.stage !== null && part.stage % 2 === 1, title: `${LABELS[part.kind]}${part.stage === null ? "" : `, stage ${part.stage}`}: ${duration(part.to - part.from)}` });
       setPart(bar, "left", (part.from - from) / span);
       setPart(bar, "width", (part.to - part.from) / span);
       return bar;
     });
     const name = row.number === null ? "waiting" : `${row.label}, step ${count(row.number)}`;
     return h("tr", {}, h("th", { scope: "row" }, name),
-      h("td", { class: "figure" }, row.numTokens ? count(row.numTokens) : UNKNOWN),
-      h("td", { class: "figure" }, duration(row.from - from)),
+      h("td", { class: "figure tokens" }, row.numTokens ? count(row.numTokens) : UNKNOWN),
+      h("td", { class: "figure after" }, duration(row.from - from)),
       h("td", { class: "figure" }, duration(row.to - row.from)),
       h("td", { class: "spans" }, h("div", { "aria-hidden": "true" }, ...bars)));
   });
@@ -235,9 +236,9 @@ function stepsOf(fall) {
   });
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Its first steps" },
     h("table", { class: "spans-table" },
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Step"), h("th", { scope: "col", class: "figure" }, "Tokens"),
-        h("th", { scope: "col", class: "figure" }, "After"), h("th", { scope: "col", class: "figure" }, "Took"),
-        h("th", { scope: "col" }, `${duration(span)} from left to right`))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Step"), h("th", { scope: "col", class: "figure tokens" }, "Tokens"),
+        h("th", { scope: "col", class: "figure after" }, "After"), h("th", { scope: "col", class: "figure" }, "Took"),
+        h("th", { scope: "col", class: "axis" }, `${duration(span)} from left to right, every second stage lighter`))),
       h("tbody", {}, ...rows)),
     ...rest.map((text) => h("p", { class: "muted small" }, text)));
 }

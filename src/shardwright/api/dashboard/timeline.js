@@ -30,7 +30,7 @@ export class Timeline {
   #canvas = byId("gantt");
   #context = this.#canvas.getContext("2d");
   #tip = byId("gantt-tip");
-  #window = 10;
+  #window = 5;
   #stages = [];
   #selected = null; // {number, stage}
   #isSeen = true;
@@ -186,16 +186,18 @@ export class Timeline {
     });
     this.#drawEpochs(context, palette, steps, x);
     this.#drawSelected(context, palette, x);
-    const told = `Steps of ${this.#window} seconds until ${clock(end)}: ${counted(steps.length, "step")}; `
-      + this.#stages.map((worker, lane) => `stage ${lane} on ${worker} computed ${percent(busy[lane] / this.#window)} of the time`).join(", ");
-    if (this.#frozen || performance.now() - this.#told > 5000) {
+    const lanes = this.#stages.map((worker, lane) => `stage ${lane} on ${worker} computed ${percent(busy[lane] / this.#window)} of the time`);
+    const told = [`Steps of ${this.#window} seconds until ${clock(end)}: ${counted(steps.length, "step")}`, ...lanes].join("; ");
+    if (this.#frozen || this.#toldOf === 0 || performance.now() - this.#told > 5000) {
       this.#told = performance.now();
+      this.#toldOf = steps.length;
       setAttribute(this.#canvas, "aria-label", told);
     }
     if (this.#pointer) this.#showTip();
   }
 
-  #told = -Infinity;
+  #told = -Infinity; // when the picture was last put into words, and of how many steps
+  #toldOf = 0;
 
   #laneTop(lane) {
     return MASTER_PX + lane * LANE_PX;
@@ -252,7 +254,7 @@ export class Timeline {
           const name = span.kind === "compute" ? kind : span.kind;
           const from = x(Math.max(span.from, begin));
           const size = x(Math.min(span.to, end)) - from;
-          if (size * ratio < 1.5) {
+          if (size * ratio < 1) {
             const sums = (thin[lane][name] ??= new Float32Array(columns));
             const at = Math.min(Math.floor(from * ratio), columns - 1);
             const first = Math.min(size * ratio, at + 1 - from * ratio);
