@@ -269,6 +269,17 @@ class Terminal:
         os.close(self.master)
 
 
+def test_a_terminal_gets_its_screen_back_when_it_is_told_to_end(server):
+    terminal = Terminal(["top", "--url", server.url])
+    try:
+        at = terminal.wait_for("rack-1")
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.wait_for(r"\x1b\[\?1049l", after=at)
+        assert terminal.process.wait(10) == 128 + signal.SIGTERM
+    finally:
+        terminal.close()
+
+
 def test_in_a_terminal_it_goes_on_over_a_restart_and_ctrl_c_ends_it(seen):
     with server_in_thread(FakeTextEngine(observatory=seen)) as server:
         port = server.port

@@ -21,6 +21,12 @@ SinceTime = Annotated[
 ]
 
 
+class _EventStream(Response):
+    """For the document alone: what kind of answer a route gives."""
+
+    media_type = "text/event-stream"
+
+
 def add_observation(app: FastAPI, service: Service) -> None:
     """Put the routes into the application."""
     _add_api(app, service)
@@ -100,7 +106,7 @@ def _add_events(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/api/events",
-        response_class=PlainTextResponse,
+        response_class=_EventStream,
         responses=responses(400, 401, 500, 503),
         openapi_extra=events(
             state=one(ClusterView),

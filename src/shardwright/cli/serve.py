@@ -57,7 +57,9 @@ def serve(
     ] = None,
     open_metrics: Annotated[
         bool | None,
-        typer.Option("--open-metrics", help="/metrics needs no API key.", show_default=False),
+        typer.Option(
+            "--open-metrics", help="/metrics, /metrics.json and /prometheus/targets need no key.", show_default=False
+        ),
     ] = None,
     cors: Annotated[
         str | None,
@@ -93,7 +95,7 @@ def serve(
 
     Ctrl-C or SIGTERM takes no new requests, lets running answers go on for --shutdown-timeout, and ends; a second
     one ends at once. When the cluster fails, the server stays up: requests get 503 with the reason, and so does
-    /ready.
+    /ready. A browser sees the cluster at work at the server's address, a terminal with shardwright top.
 
     [cyan]shardwright serve --model smollm2-135m --local-workers 2[/cyan]
 
@@ -177,7 +179,8 @@ async def run_server(
                     app.add_middleware(session.tracing.http, model=engine.model.name)
 
                 def announce(url: str) -> None:
-                    print(ready_line(engine.model, url, needs_key=api.api_key_file is not None), flush=True)
+                    print(ready_line(engine.model, url, needs_key=api.api_key_file is not None))
+                    print(f"Dashboard: {reachable(url)}/", flush=True)
 
                 watching = asyncio.create_task(watch(session.engine), name="watch the cluster")
                 try:
@@ -209,10 +212,21 @@ def ready_line(model: ServedModel, url: str, *, needs_key: bool) -> str:
     else:
         path, body["prompt"] = "completions", "The sky is" if model.has_tokenizer else [1, 2, 3]
     key = ["-H", "Authorization: Bearer YOUR_KEY"] if needs_key else []
-    # An address that means "all of this machine's" is none to connect to.
-    reachable = url.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
-    words = ["curl", f"{reachable}/v1/{path}", *key, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    words = [
+        "curl",
+        f"{reachable(url)}/v1/{path}",
+        *key,
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        json.dumps(body),
+    ]
     return f"Serving {model.name} on {url} - try: {shlex.join(words)}"
+
+
+def reachable(url: str) -> str:
+    """The URL to connect to from this machine: an address that means "all of this machine's" is none."""
+    return url.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
 
 
 async def watch(engine: MasterEngine) -> None:

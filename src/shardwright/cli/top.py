@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,6 +88,8 @@ def show(console: Console, drawn: Iterator[Frame], *, interval_s: float) -> None
             console.print(frame)
             console.print()
             time.sleep(interval_s)
+    # A terminal must get its screen back, however this ends.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with Live(console=console, screen=True, auto_refresh=False) as live:
         for frame in drawn:
             live.update(frame, refresh=True)
