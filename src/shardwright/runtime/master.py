@@ -154,7 +154,12 @@ class MasterEngine:
         self._events_due: deque[MasterEvent] = deque()
         self._look_timer: asyncio.TimerHandle | None = None
         self.observatory = MasterObservatory(
-            self, model_name=state.costs.name, num_layers=state.costs.num_layers, clock=clock, history_s=history_s
+            self,
+            addresses={worker_id: client.address for worker_id, client in workers.items()},
+            model_name=state.costs.name,
+            num_layers=state.costs.num_layers,
+            clock=clock,
+            history_s=history_s,
         )
 
     # --- life --------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ class MasterEngine:
         if self._look_timer is None:
             self._look()
         for capacity in capacities:
-            self.observatory.worker_joined(capacity, self._workers[capacity.worker_id].address)
+            self.observatory.worker_joined(capacity)
             self._handle(WorkerJoined(capacity=capacity))
             self._spawn(self._watch(capacity.worker_id), f"heartbeat of {capacity.worker_id}")
         self._handle(Deploy())
@@ -539,8 +544,8 @@ class MasterEngine:
 
     def _look(self) -> None:
         """Have a point of the history noted, now and after each interval."""
-        self.observatory.look()
         self._look_timer = asyncio.get_running_loop().call_later(self._history_interval_s, self._look)
+        self.observatory.look()
 
     # --- pipeline ----------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ class MasterObservatory:
         self,
         engine: Observed,
         *,
+        addresses: Mapping[WorkerId, str],
         model_name: str,
         num_layers: int,
         clock: Callable[[], float],
@@ -109,7 +110,7 @@ class MasterObservatory:
         self._timeline = Timeline()
         self._requests = RequestLog()
         self._history = History(kept_s=history_s)
-        self._watches: dict[WorkerId, WorkerWatch] = {}
+        self._watches = {worker_id: WorkerWatch(address) for worker_id, address in addresses.items()}
         self._errors = ErrorCounts()
         self._lost: set[WorkerId] = set()
         self._num_prompt_tokens = 0  # computed: in steps that came back
@@ -158,18 +159,13 @@ class MasterObservatory:
         """Steps of this epoch go over these stages."""
         self._timeline.opened(epoch, [stage.worker_id for stage in stages])
 
-    def worker_joined(self, capacity: WorkerCapacity, address: str) -> None:
+    def worker_joined(self, capacity: WorkerCapacity) -> None:
         """A worker is there, for the first time or again."""
-        watch = self._watches.get(capacity.worker_id)
-        if watch is None:
-            watch = self._watches[capacity.worker_id] = WorkerWatch(address)
-        watch.introduce(capacity)
+        self._watches[capacity.worker_id].introduce(capacity)
 
     def worker_described(self, worker_id: WorkerId, description: WorkerDescription, address: str) -> None:
-        """Who a worker is; may be told before or after it joined."""
-        watch = self._watches.get(worker_id)
-        if watch is None:
-            watch = self._watches[worker_id] = WorkerWatch(address)
+        """Who a worker is, and where it was registered; may be told before or after it joined."""
+        watch = self._watches[worker_id]
         watch.address = address
         watch.description = description
 

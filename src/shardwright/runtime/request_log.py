@@ -71,9 +71,7 @@ class _Trace:
         self.trace_id = ""
         self.first_steps: list[_Part] = []
         self.last_steps: deque[_Part] | None = None
-        self.shown: tuple[float, RequestTrace] | None = (
-            None  # of one that is over: as of which offset to the wall clock
-        )
+        self.shown: tuple[float, RequestTrace] | None = None  # of one that is over, with the wall clock's offset
 
 
 class RequestLog:
