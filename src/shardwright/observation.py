@@ -200,8 +200,10 @@ class Observatory(Protocol):
         """
         ...
 
-    def steps_changed(self, since: int = 0) -> tuple[int, tuple[StepPassage, ...]]:
+    def steps_changed(self, since: int = 0, *, limit: int | None = None) -> tuple[int, tuple[StepPassage, ...]]:
         """A cursor, and the steps that are new or more complete since the cursor `since`, oldest first.
+
+        Where there are more than `limit` (None: no limit) only the newest of them are given.
 
         For who follows the steps: begin with 0, which gives all that are kept, and hand the last answer's cursor in
         again. A step comes several times: when it was sent, when it came back, when a stage was reported; replace what

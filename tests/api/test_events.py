@@ -95,6 +95,19 @@ def test_then_each_second_what_is_new(broadcast, seen, clock):
     assert [(each["number"], len(each["stages"])) for each in found["steps"]["steps"]] == [(8, 2)]
 
 
+def test_of_a_long_past_only_the_newest_steps_are_told(broadcast, seen, clock, monkeypatch):
+    monkeypatch.setattr(events_module, "_STEPS", 3)
+    data, second = broadcast.begin()
+    assert [each["number"] for each in dict(read(data))["steps"]["steps"]] == [5, 6, 7]
+    for number in range(8, 18):
+        seen.put_step(example_step(number, sent_at=NOW))
+    clock.now += 1
+    data, second = broadcast.after(second)
+    assert [each["number"] for each in dict(read(data))["steps"]["steps"]] == [15, 16, 17]
+    clock.now += 1
+    assert names(broadcast.after(second)[0]) == ["state"]
+
+
 def test_of_requests_that_are_over_only_the_newest_are_told(broadcast, seen):
     over = [example_request(number) for number in range(300, 0, -1)]
     waits = example_request(0, finished_at=None, reason=None)

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardwright.runtime.clock_sync import ClockSync
 from shardwright.runtime.timeline import PIPELINES_KEPT, Timeline, put_right
@@ -110,6 +112,21 @@ def test_links_never_take_less_than_nothing(visits, gaps, factor):
     assert sum(found) + found_factor * inside == pytest.approx(5.0), "the trip took what it took"
 
 
+@given(
+    cuts=st.lists(st.floats(0.0, 100.0), min_size=2, max_size=10).filter(lambda cuts: len(cuts) % 2 == 0),
+    errors=st.lists(st.floats(-50.0, 50.0), min_size=5, max_size=5),
+)
+def test_however_wrong_the_clocks_are_the_sum_of_all_is_the_trips(cuts, errors):
+    """A true trip from 0 to 100, seen with each stage's clock wrong by as much as half of it."""
+    cuts = sorted(cuts)
+    visits = [(a + e, b + e) for (a, b), e in zip(zip(cuts[::2], cuts[1::2], strict=True), errors, strict=False)]
+    gaps, factor = put_right(0.0, 100.0, visits)
+    assert min(gaps) >= 0.0
+    inside = sum(left - arrived for arrived, left in visits)
+    assert sum(gaps) + factor * inside == pytest.approx(100.0, abs=1e-6)
+    assert factor == pytest.approx(1.0), "the stages' own times are right"
+
+
 def test_a_step_under_way_is_never_shown_at_a_stage_before_it_was_sent(timeline):
     timeline.sent(step_of(1), 10.0)
     timeline.merge("a", [trace_of(1, 9.5, 9.7)], clock_with(0.0))
@@ -137,6 +154,9 @@ def test_whoever_follows_gets_each_step_again_when_more_is_known(timeline):
     timeline.merge("a", [trace_of(1, 1.15, 1.25)], clock_with(0.0))
     assert timeline.steps_changed(cursor, WALL) == (cursor, ()), "what was told before is no news"
     assert len(timeline.steps_changed(cursor + 1000, WALL)[1]) == 2, "a cursor of another master counts as none"
+    same, steps = timeline.steps_changed(0, WALL, limit=1)
+    assert (same, [step.number for step in steps]) == (cursor, [2]), "of many only the newest, and nothing of the rest"
+    assert len(timeline.steps_changed(0, WALL, limit=5)[1]) == 2
 
 
 def test_steps_are_counted_over_all_pipelines_and_given_by_number(timeline):

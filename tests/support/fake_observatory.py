@@ -324,9 +324,9 @@ class FakeObservatory:
     def steps(self, since: int = 0) -> tuple[StepPassage, ...]:
         return tuple(passage for passage in self.passages if passage.number > since)
 
-    def steps_changed(self, since: int = 0) -> tuple[int, tuple[StepPassage, ...]]:
+    def steps_changed(self, since: int = 0, *, limit: int | None = None) -> tuple[int, tuple[StepPassage, ...]]:
         changed = [self._passages[n][1] for n in sorted(self._passages) if self._passages[n][0] > since]
-        return self._num_changes, tuple(changed)
+        return self._num_changes, tuple(changed if limit is None else changed[max(len(changed) - limit, 0) :])
 
     def requests(self) -> tuple[RequestTrace, ...]:
         return tuple(replace(trace, steps=()) for trace in self.traces)

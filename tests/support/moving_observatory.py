@@ -85,9 +85,9 @@ class MovingObservatory(FakeObservatory):
         self._advance()
         return super().steps(since)
 
-    def steps_changed(self, since=0):
+    def steps_changed(self, since=0, *, limit=None):
         self._advance()
-        return super().steps_changed(since)
+        return super().steps_changed(since, limit=limit)
 
     def requests(self):
         self._advance()

@@ -25,6 +25,7 @@ from shardwright.observation import RequestTrace
 
 TICK_S = 1.0
 _KEPT = 15  # seconds of events, for listeners that are slow for a moment
+_STEPS = 1000  # that are told of at once: the first look at a long past must not hold up anybody's token
 _ENDED = 100  # requests that are over, of which each second tells; /api/requests has all that are known
 
 
@@ -78,7 +79,7 @@ class Broadcast:
             _event("state", as_served(self._engine)),
             _event("history", {"history": history}),
             _event("requests", {"requests": _recent(observatory.requests())}),
-            _event("steps", {"steps": observatory.steps()}),
+            _event("steps", {"steps": observatory.steps_changed(limit=_STEPS)[1]}),
         )
         return b"".join(whole), self._made
 
@@ -105,7 +106,7 @@ class Broadcast:
     def _make(self) -> bytes:
         observatory = self._engine.observatory
         events = [_event("state", as_served(self._engine))]
-        self._steps_cursor, steps = observatory.steps_changed(self._steps_cursor)
+        self._steps_cursor, steps = observatory.steps_changed(self._steps_cursor, limit=_STEPS)
         if steps:
             events.append(_event("steps", {"steps": steps}))
         requests = _event("requests", {"requests": _recent(observatory.requests())})

@@ -240,9 +240,9 @@ class MasterObservatory:
         """The last steps whose number is above `since`, oldest first."""
         return self._timeline.steps(since, self._wall.offset())
 
-    def steps_changed(self, since: int = 0) -> tuple[int, tuple[StepPassage, ...]]:
+    def steps_changed(self, since: int = 0, *, limit: int | None = None) -> tuple[int, tuple[StepPassage, ...]]:
         """A cursor, and the steps that are new or more complete since the cursor `since`, oldest first."""
-        return self._timeline.steps_changed(since, self._wall.offset())
+        return self._timeline.steps_changed(since, self._wall.offset(), limit=limit)
 
     def requests(self) -> tuple[RequestTrace, ...]:
         """Those that run or wait, and the last ones that ended, newest first, without their steps."""

@@ -174,13 +174,17 @@ class Timeline:
         newest = list(islice(reversed(self._steps.values()), num_new))
         return tuple(self._shown(tracked, wall_offset) for tracked in reversed(newest))
 
-    def steps_changed(self, since: int, wall_offset: float) -> tuple[int, tuple[StepPassage, ...]]:
-        """The present revision, and the steps of which more is known than at revision `since`, oldest first."""
+    def steps_changed(
+        self, since: int, wall_offset: float, *, limit: int | None = None
+    ) -> tuple[int, tuple[StepPassage, ...]]:
+        """The present revision, and the newest steps of which more is known than at revision `since`, oldest first."""
         if since == self._revision:
             return since, ()
         if since > self._revision:
             since = 0  # a cursor of another master, before this one began
         changed = [tracked for tracked in self._steps.values() if tracked.revision > since]
+        if limit is not None:
+            changed = changed[max(len(changed) - limit, 0) :]
         return self._revision, tuple(self._shown(tracked, wall_offset) for tracked in changed)
 
     def _shown(self, tracked: TrackedStep, wall_offset: float) -> StepPassage:
