@@ -124,6 +124,19 @@ def test_a_preempted_sequence_is_dropped_and_set_up_again_with_all_its_tokens():
     assert steps(tell(master, ask(3, (1,))))[0].dropped == (2,)
 
 
+def test_how_often_a_request_was_preempted_is_told_while_it_runs_and_at_its_end():
+    master = ready_master(max_kv_tokens=12, token_budget=12)
+    tell(master, ask(1, tuple(range(1, 8)), new=4), ask(2, (5, 6), new=3))
+    effects = tell(master, sampled(2, (1, 30)))
+    told, ends = set(), {}
+    while (step := next(iter(steps(effects)), None)) is not None:
+        effects = tell(master, sampled(step.step, *((part.seq_id, 40) for part in step.slices)))
+        told.add((master.num_preemptions(1), master.num_preemptions(2)))
+        ends |= {effect.seq_id: effect.num_preemptions for effect in effects if isinstance(effect, Finish)}
+    assert told == {(0, 0), (0, 1)}, "and 0 again when it is over"
+    assert ends == {1: 0, 2: 1}
+
+
 # --- prompt scores ---------------------------------------------------------------------------------
 
 

@@ -4,11 +4,14 @@ import asyncio
 import dataclasses
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
+from fake_observatory import example_view
 from observed_cluster import BYTES_OUT, observed_cluster
 
 from shardwright.config import MasterConfig
+from shardwright.runtime.observatory import MasterObservatory
 from shardwright.runtime.session import _MetricsFiles
 from shardwright.types import GREEDY, FinishReason, StopConditions, WorkerDescription
 
@@ -180,6 +183,41 @@ async def test_nothing_of_what_was_asked_or_answered_is_kept():
     assert len(told) > 500
     assert not [leaf for leaf in told if isinstance(leaf, int) and 700_000_000 <= leaf <= 700_000_100]
     assert not [leaf for leaf in told if "70000000" in str(leaf) and isinstance(leaf, str)]
+
+
+class Unmoved:
+    """An engine to which nothing happens."""
+
+    loaded: ClassVar = {}
+    failure = ""
+
+    def snapshot(self):
+        return example_view(()).snapshot
+
+    def is_ready(self):
+        return False
+
+    def num_preemptions(self, seq_id):
+        return 0
+
+
+def test_times_of_day_stay_in_order_until_somebody_sets_the_systems_clock():
+    clocks = {"own": 100.0, "wall": 1_000_100.0}
+    observatory = MasterObservatory(
+        Unmoved(),
+        addresses={},
+        model_name="m",
+        num_layers=1,
+        clock=lambda: clocks["own"],
+        wall_clock=lambda: clocks["wall"],
+    )
+    observatory.submitted(1, 3, 100.0)
+    assert (observatory.view().at, observatory.view().started_at) == (1_000_100.0, 1_000_100.0)
+    clocks["own"], clocks["wall"] = 101.0, 1_000_101.2
+    assert observatory.view().at == 1_000_101.0, "a clock that is set right a little at a time is not followed"
+    clocks["own"], clocks["wall"] = 102.0, 900_000.0
+    assert observatory.view().at == 900_000.0
+    assert observatory.requests()[0].submitted_at == 899_998.0, "what was told before moves with it"
 
 
 # --- workers and links -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny_models import save_whole
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from shardwright.runtime.metrics import CLUSTER_FIELDS, DOCUMENT_FIELDS, WORKER_FIELDS
+from shardwright.runtime.metrics import CLUSTER_FIELDS, DOCUMENT_FIELDS, ROW_FIELDS, WORKER_FIELDS
 from shardwright.runtime.weight_sender import send_stage
 from shardwright.transport.grpc import GrpcTransport
 
@@ -138,6 +138,10 @@ def test_master_node_generates_on_the_registered_workers(shop, tiny):
         assert row["timestamp"] > 1.7e9
         assert 0 < row["memory_utilization"] <= 100
     assert {row["layers"] for row in metrics["workers"]} != {None}
+    rows = [json.loads(line) for line in (shop.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {tuple(row) for row in rows} == {tuple(ROW_FIELDS)}
+    assert {row["worker"] for row in rows} == {"worker1", "worker2"}
+    assert len({row["timestamp"] for row in rows}) >= 2, "the second run went on with the first one's file"
 
 
 def test_workers_tells_the_live_state(shop):
