@@ -112,6 +112,12 @@ async def test_an_end_token_is_counted_and_not_shown():
     assert end_of(events).num_output_tokens == 3
 
 
+async def test_an_answer_that_ends_with_a_stop_string_is_observed_as_one_that_stopped_and_not_as_aborted():
+    async with serving(saying("abcdef")) as (texts, _, engine):
+        await answer_to(texts, replace(ASK, stop_strings=("cd",)))
+        assert [trace.reason for trace in engine.observatory.requests()] == [FinishReason.STOP]
+
+
 async def test_with_end_tokens_ignored_the_answer_goes_on_to_its_limit():
     async with serving(saying("ab")) as (texts, _, _):
         events = await answer_to(texts, replace(ASK, ignore_eos=True, max_new_tokens=6))

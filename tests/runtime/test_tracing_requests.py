@@ -264,3 +264,25 @@ async def test_being_stopped_while_spans_are_made_leaves_none_half_made(traced):
     assert task.cancelled()
     assert len(traced.sequences()) == 1
     assert sum(span.name == "stage 1" for span in traced.made()) == sum("step" in s.name for s in traced.made())
+
+
+async def test_a_bug_in_what_is_collected_costs_the_open_traces_and_no_later_ones(traced, monkeypatch, caplog):
+    monkeypatch.setattr(otel_requests, "COLLECT_INTERVAL_S", 0.005)
+    traced.begin()
+    steps_changed = traced.observed.steps_changed
+    traced.observed.steps_changed = lambda _: 1 // 0
+    task = asyncio.create_task(traced.tracing.run())
+    async with asyncio.timeout(5.0):
+        while traced.tracing._open:  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.005)
+    traced.observed.steps_changed = steps_changed
+    traced.begin(2)
+    traced.observed.report(traced.observed.step(2))
+    traced.end(2)
+    async with asyncio.timeout(5.0):
+        while not traced.sequences():  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.005)
+    task.cancel()
+    await asyncio.wait([task])
+    assert [record.message for record in caplog.records] == ["the traces of 1 requests were given up"]
+    assert traced.sequences()[0].attributes["shardwright.sequence"] == 2

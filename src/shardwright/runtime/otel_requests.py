@@ -1,4 +1,4 @@
-"""Spans of requests, made after the fact out of what the observatory knows; see docs/decisions/0010-*.md.
+"""Spans of requests, made after the fact out of what was observed (docs/decisions/0010-spans-after-the-fact.md).
 
 A step costs nothing while it is computed: a task looks once a second at what is new, and makes the spans of the
 sequences that are over.
@@ -7,6 +7,7 @@ sequences that are over.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
@@ -19,6 +20,8 @@ from shardwright.observation import Observatory, RequestTrace, StepPassage
 from shardwright.runtime.otel_export import Spans, below, fail, nanoseconds, wall_clock
 from shardwright.runtime.span_tree import SequenceRuns, SpanNode, failure, sequence_attributes
 from shardwright.types import Epoch, LayerRange, SeqId, StageAssignment
+
+log = logging.getLogger(__name__)
 
 COLLECT_INTERVAL_S: Final = 1.0
 PATIENCE_S: Final = 5.0  # for what workers have not reported of a step that came back
@@ -112,7 +115,11 @@ class RequestTracing:
         """Make spans as sequences end, until cancelled."""
         while True:
             await asyncio.sleep(COLLECT_INTERVAL_S)
-            await self.collect()
+            try:
+                await self.collect()
+            except Exception:  # the top of a task: a bug here costs traces, not requests
+                log.exception("the traces of %d requests were given up", len(self._open))
+                self._open.clear()
 
     async def collect(self, *, is_last: bool = False) -> None:
         """Take in what is known now and make the spans of what is over; with `is_last` of all that there is."""
