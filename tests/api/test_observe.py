@@ -1,5 +1,6 @@
 """What the server tells of its cluster: state, steps, requests, the past, and what scrapers read."""
 
+import asyncio
 import dataclasses
 import enum
 import json
@@ -11,7 +12,7 @@ import pytest
 from fake_observatory import NOW, FakeObservatory, example_report, example_request, example_step, example_worker
 from fake_text_engine import FakeTextEngine
 
-from shardwright.api.encoding import encode
+from shardwright.api.encoding import encode, encode_list
 from shardwright.api.keys import new_key
 from shardwright.types import FinishReason, LayerRange, StepTrace
 
@@ -191,6 +192,23 @@ async def test_the_document_describes_what_is_told(http, server):
     assert set(document["components"]["schemas"]["ClusterView"]["required"]) == {
         field.name for field in dataclasses.fields(server.engine.observatory.cluster)
     }
+
+
+@pytest.mark.parametrize("count", [0, 1, 256, 257, 1000])
+async def test_long_lists_are_encoded_in_pieces_and_others_get_their_turns(count):
+    values = [{"number": number, "at": math.nan} for number in range(count)]
+    turns = 0
+
+    async def others():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    waiting = asyncio.create_task(others())
+    assert await encode_list(values) == encode(values)
+    waiting.cancel()
+    assert turns >= count // 256 - 1
 
 
 def test_json_has_enums_by_value_ranges_by_their_ends_and_null_for_what_is_not_finite():

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import PlainTextResponse, Response
 
 from shardwright.api.document import answers, events, many, one, responses
-from shardwright.api.encoding import as_served, encode
+from shardwright.api.encoding import as_served, encode, encode_list
 from shardwright.api.errors import ApiError, invalid
 from shardwright.api.events import Broadcast, EventsAnswer
 from shardwright.api.metrics import CONTENT_TYPE
@@ -54,7 +54,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def steps(request: Request, since: SinceStep = 0) -> Response:
         """The last steps, oldest first; one that is under way comes with what is known of it."""
         _admit(service, request, "since")
-        return _json({"steps": observatory.steps(since)})
+        return _answer(b'{"steps":' + await encode_list(observatory.steps(since)) + b"}")
 
     @app.get(
         "/api/requests",
@@ -151,7 +151,7 @@ def _add_scraped(app: FastAPI, service: Service) -> None:
         rows = observatory.metrics_rows(since=since)
         if latest:
             rows = list({row["worker"]: row for row in rows}.values())
-        return _json(rows)
+        return _answer(await encode_list(rows))
 
     @app.get(
         "/prometheus/targets",
@@ -210,4 +210,8 @@ def _check_query(request: Request, *names: str) -> None:
 
 
 def _json(value: object) -> Response:
-    return Response(encode(value), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return _answer(encode(value))
+
+
+def _answer(content: bytes) -> Response:
+    return Response(content, media_type="application/json", headers={"Cache-Control": "no-store"})
