@@ -258,7 +258,9 @@ async def test_being_stopped_while_spans_are_made_leaves_none_half_made(traced):
         traced.observed.now += 1.0
     traced.end()
     task = asyncio.create_task(traced.tracing.collect())
-    await asyncio.sleep(0)
+    while not traced.made():
+        await asyncio.sleep(0)
+    assert not traced.sequences(), "it is being made"
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
