@@ -258,7 +258,7 @@ async def test_being_stopped_while_spans_are_made_leaves_none_half_made(traced):
         traced.observed.now += 1.0
     traced.end()
     task = asyncio.create_task(traced.tracing.collect())
-    while not traced.made():
+    while not traced.made():  # noqa: ASYNC110  nobody tells
         await asyncio.sleep(0)
     assert not traced.sequences(), "it is being made"
     task.cancel()
