@@ -50,6 +50,7 @@ class StepPassage:
     sent_at: float
     returned_at: float | None  # None while it is under way, and for one that never came back
     stages: tuple[StagePassage, ...]  # in the pipeline's order
+    num_stages: int = 0  # of its pipeline: so many `stages` there are once all is told; 0: not known any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ def test_a_step_is_seen_from_its_start_and_grows(timeline):
     timeline.sent(step_of(1, counts=(1, 6)), 10.0)
     (step,) = timeline.steps(0, WALL)
     assert (step.number, step.epoch, step.step, step.num_sequences, step.num_tokens) == (1, 1, 1, 2, 7)
-    assert (step.sent_at, step.returned_at, step.stages) == (WALL + 10.0, None, ())
+    assert (step.sent_at, step.returned_at, step.stages, step.num_stages) == (WALL + 10.0, None, (), 2)
     timeline.returned(1, 1, 10.5)
     (step,) = timeline.steps(0, WALL)
     assert (step.returned_at, step.stages) == (WALL + 10.5, ())

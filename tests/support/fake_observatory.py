@@ -222,6 +222,7 @@ def example_step(number: int, *, sent_at: float, **changes: Any) -> StepPassage:
         sent_at=sent_at,
         returned_at=sent_at + 0.05,
         stages=(stage(0, "rack-1", 0.002, 0.022, 0.002), stage(1, "desk", 0.025, 0.047, 0.002)),
+        num_stages=2,
     )
     return replace(passage, **changes)
 

@@ -88,7 +88,8 @@ def summary_sentences(what: str, summary: StepsSummary) -> list[str]:
 def _is_whole(step: StepPassage) -> bool:
     """Back, and told of by every stage."""
     indices = [stage.stage_index for stage in step.stages]
-    return step.returned_at is not None and bool(indices) and indices == list(range(len(indices)))
+    expected = step.num_stages or len(indices)
+    return step.returned_at is not None and bool(indices) and indices == list(range(expected))
 
 
 def _trip_s(step: StepPassage) -> float:
@@ -110,7 +111,7 @@ def _covered_s(steps: Sequence[StepPassage]) -> float:
 
 
 _PHASES: tuple[tuple[PartKind, Callable[[StagePassage], float]], ...] = (
-    (PartKind.LINK, lambda stage: stage.wire_s),
+    (PartKind.LINK, lambda stage: stage.wire_s or 0.0),  # known of whole steps
     (PartKind.QUEUE, lambda stage: stage.started_at - stage.arrived_at),
     (PartKind.SERIALISE, lambda stage: stage.serialise_s),
     (PartKind.COMPUTE, lambda stage: stage.finished_at - stage.started_at - stage.serialise_s),

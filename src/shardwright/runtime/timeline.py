@@ -264,4 +264,5 @@ def _passage(tracked: TrackedStep, workers: tuple[WorkerId, ...], wall_offset: f
         sent_at=tracked.sent_at + wall_offset,
         returned_at=None if returned_at is None else returned_at + wall_offset,
         stages=tuple(stages),
+        num_stages=len(workers),
     )
