@@ -54,7 +54,7 @@ def test_a_worker_and_the_http_server_have_variables_of_their_own():
 
 
 def test_every_setting_can_be_given_in_the_environment():
-    samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x", "Path | None": "~/x"}
+    samples = {"int": "7", "float": "2.5", "bool": "false", "str": "float16", "Path": "~/x"}
     special = {
         "kv_tokens": "16",
         "max_body_bytes": "4096",
@@ -65,9 +65,18 @@ def test_every_setting_can_be_given_in_the_environment():
     for kind, prefix in kinds:
         for field in dataclasses.fields(kind):
             name = field.type if isinstance(field.type, str) else field.type.__name__
-            value = special.get(field.name, samples[name])
+            value = special.get(field.name, samples[name.removesuffix(" | None")])
             config = read(kind, environ={f"{prefix}{field.name.upper()}": value})
             assert getattr(config, field.name) is not None
+
+
+def test_the_history_is_beside_the_metrics_under_their_name():
+    assert read(environ={"SHARDWRIGHT_METRICS": "/var/lib/cluster.json"}).metrics_log == Path("/var/lib/cluster.jsonl")
+    assert read().metrics_log == Path("metrics.jsonl")
+    environ = {"SHARDWRIGHT_METRICS": "all.jsonl"}
+    with pytest.raises(ConfigError, match=r"'all.jsonl'; a file of that ending is for the history beside it"):
+        read(environ=environ)
+    assert read(environ=environ | {"SHARDWRIGHT_WRITE_HISTORY": "no"}).metrics == Path("all.jsonl")
 
 
 @pytest.mark.parametrize(
