@@ -44,23 +44,28 @@ async def sharing_workers(count: int) -> AsyncIterator[Sequence[WorkerEntry]]:
 
 
 @contextlib.asynccontextmanager
-async def pinned_workers() -> AsyncIterator[Sequence[WorkerEntry]]:
-    """Two workers with a core and a thread each, as if they were two machines of one core."""
+async def pinned_workers(*cores: Sequence[int]) -> AsyncIterator[Sequence[WorkerEntry]]:
+    """A worker for each group of cores, with a thread for each of them and no other core.
+
+    Without groups two workers with a core and a thread each, as if they were two machines of one core.
+    """
     async with contextlib.AsyncExitStack() as stack:
         entries = []
-        for core in separate_cores(2):
+        for number, group in enumerate(cores or [[core] for core in separate_cores(2)]):
             before = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, {core})  # this thread's alone; its children begin with it
+            os.sched_setaffinity(0, group)  # this thread's alone; its children begin with it
             try:
-                local = LocalWorkers(1, options=["--threads", "1"])
+                local = LocalWorkers(1, options=["--threads", str(len(group))])
                 stack.push_async_callback(local.stop)
                 await local.start()
             finally:
                 os.sched_setaffinity(0, before)
             (pid,) = local.pids
-            assert psutil.Process(pid).cpu_affinity() == [core], "a worker must stay on its core"
+            assert psutil.Process(pid).cpu_affinity() == list(group), "a worker must stay on its cores"
             (entry,) = await local.listening()
-            entries.append(WorkerEntry(username=f"core-{core}", ip=entry.ip, port=entry.port))
+            name = f"core-{'+'.join(map(str, group))}"
+            name = name if name not in {each.username for each in entries} else f"{name}-{number}"
+            entries.append(WorkerEntry(username=name, ip=entry.ip, port=entry.port))
         yield entries
 
 
@@ -195,10 +200,11 @@ class RelayProcess:
 
 
 @contextlib.asynccontextmanager
-async def relay_to(address: str, *, delay_s: float) -> AsyncIterator[RelayProcess]:
-    """A relay to a worker that delays what goes through it, each way."""
+async def relay_to(address: str, *, delay_s: float, mbit_s: float | None = None) -> AsyncIterator[RelayProcess]:
+    """A relay to a worker that delays what goes through it and limits its bandwidth, each way."""
+    limit = () if mbit_s is None else ("--mbit-s", str(mbit_s))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(RELAY), "--to", address, "--delay-ms", str(delay_s * 1e3)),
+        *(sys.executable, str(RELAY), "--to", address, "--delay-ms", str(delay_s * 1e3), *limit),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -214,9 +220,14 @@ async def relay_to(address: str, *, delay_s: float) -> AsyncIterator[RelayProces
 
 @contextlib.asynccontextmanager
 async def delayed_session(
-    config: MasterConfig, model: OpenModel, entries: Sequence[WorkerEntry], *, delay_s: float
+    config: MasterConfig,
+    model: OpenModel,
+    entries: Sequence[WorkerEntry],
+    *,
+    delay_s: float,
+    mbit_s: float | None = None,
 ) -> AsyncIterator[tuple[Session, list[RelayProcess]]]:
-    """The model on these workers with a delay on the link between them, and on none of the master's.
+    """The model on these workers with a delay on the links between them, and on none of the master's.
 
     The master knows each worker by its relay's address, and passes that on to the worker before it, but goes around
     the relay itself.
@@ -224,7 +235,7 @@ async def delayed_session(
     async with contextlib.AsyncExitStack() as stack:
         relays, renamed, around = [], [], {}
         for entry in entries:
-            relay = await stack.enter_async_context(relay_to(entry.address, delay_s=delay_s))
+            relay = await stack.enter_async_context(relay_to(entry.address, delay_s=delay_s, mbit_s=mbit_s))
             relays.append(relay)
             around[relay.address] = entry.address
             host, _, port = relay.address.rpartition(":")
