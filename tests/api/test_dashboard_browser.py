@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import axe_script, chromium, violations, visit
+from browser import axe_script, chromium, until, violations, visit
 from fake_text_engine import FakeTextEngine
 from moving_observatory import MovingObservatory
 from page_server import server_in_thread
@@ -303,7 +303,7 @@ def test_drawing_is_throttled_and_stops_in_a_hidden_tab(shown, motion, least, mo
     page.wait_for_timeout(1200)
     assert page.evaluate("window.draws") == 0
     page.evaluate(HIDE, False)
-    page.wait_for_function("window.draws > 0")
+    until(page, "window.draws > 0")
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["light", "dark", "phone"])

@@ -6,11 +6,12 @@ Where the browser or a package is missing a test is skipped, with the reason; un
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,7 +71,6 @@ class Visit:
         self.context = context
         self.complaints: list[str] = []  # the console's errors and what no script caught
         self.asked: list[str] = []  # every address, data and blob included
-        self._refused: list[str] = []
         context.add_init_script(_WATCH_POLICY)
         context.on("request", lambda request: self.asked.append(request.url))
         self.page: Page = context.new_page()
@@ -102,6 +102,14 @@ def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
         context.close()
 
 
+def until(page: Page, script: str, argument: object = None, *, timeout_s: float = 20.0) -> None:
+    """Evaluate until it is true. Playwright's own `wait_for_function` needs a policy that allows `eval`."""
+    deadline = time.monotonic() + timeout_s
+    while not page.evaluate(script, argument):
+        assert time.monotonic() < deadline, f"not true in {timeout_s} s: {script}"
+        page.wait_for_timeout(50)
+
+
 def axe_script(folder: Path) -> str:
     """The source of axe-core, from its npm package, which is kept in `folder`."""
     kept = folder / f"axe-core-{AXE_VERSION}.js"
@@ -110,18 +118,20 @@ def axe_script(folder: Path) -> str:
     if shutil.which("npm") is None:
         missing("npm is not installed; axe-core comes from there")
     folder.mkdir(parents=True, exist_ok=True)
-    packed = subprocess.run(
-        ["npm", "pack", "--silent", f"axe-core@{AXE_VERSION}"], cwd=folder, capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
-    if packed.returncode:
-        missing(f"npm can't fetch axe-core@{AXE_VERSION}: {packed.stderr.strip().splitlines()[-1:]}")
-    archive = folder / packed.stdout.split()[-1]
-    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as tar:
-        script = tar.extractfile("package/axe.min.js")
-        assert script is not None, "axe-core's package holds its script"
-        kept.write_bytes(script.read())
-    archive.unlink()
+    # In a folder of its own: tests in another process may be fetching it too.
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", f"axe-core@{AXE_VERSION}"], cwd=own, capture_output=True, text=True,
+            check=False, timeout=120,
+        )  # fmt: skip
+        if packed.returncode:
+            missing(f"npm can't fetch axe-core@{AXE_VERSION}: {packed.stderr.strip().splitlines()[-1:]}")
+        with tarfile.open(Path(own) / packed.stdout.split()[-1]) as archive:
+            script = archive.extractfile("package/axe.min.js")
+            assert script is not None, "axe-core's package holds its script"
+            fetched = Path(own) / kept.name
+            fetched.write_bytes(script.read())
+        fetched.replace(kept)
     return kept.read_text(encoding="utf-8")
 
 

@@ -211,7 +211,7 @@ class MovingObservatory(FakeObservatory):
             )
         return StepPassage(
             number=number, epoch=self._epoch, step=number, num_sequences=num_sequences, num_tokens=num_tokens,
-            sent_at=sent_at, returned_at=at + 0.0004, stages=tuple(stages),
+            sent_at=sent_at, returned_at=at + 0.0004, stages=tuple(stages), num_stages=len(WORKERS),
         )  # fmt: skip
 
     def _point(self, at: float) -> HistoryPoint:

@@ -73,6 +73,11 @@ test("the parts of a trip sum up to it, without gaps and overlaps", () => {
     close(parts.reduce((sum, { from, to }) => sum + to - from, 0), 4);
     parts.forEach((part, index) => close(part.from, index ? parts[index - 1].to : 7));
   }
+  const half = step(1, 7, { num_stages: 2 });
+  const kinds = (stages) => tripOf({ ...half, stages }).map(({ kind }) => kind);
+  assert.deepEqual(kinds(half.stages), ["wire", "queue", "serialise", "compute", "send", "wire", "queue", "serialise", "compute", "send", "back"]);
+  assert.deepEqual(kinds(half.stages.slice(0, 1)), ["wire", "queue", "serialise", "compute", "send", "unknown"]);
+  assert.deepEqual(kinds(half.stages.slice(1)), ["unknown", "queue", "serialise", "compute", "send", "back"]);
   assert.equal(endOf(step(1, 7, { returned_at: null })), 10.625);
   assert.equal(endOf(step(1, 7, { returned_at: null, stages: [] })), Infinity);
 });

@@ -81,9 +81,10 @@ test("changes are told once, in sentences", () => {
     workers: [view().workers[0], worker("b", "lost", null, "its stream broke")], snapshot: { epoch: 1, stages: [] },
   });
   assert.deepEqual(texts(view(), failed), [
-    "bad: worker b is lost: its stream broke", "bad: no request can be answered: worker b is lost",
-    "bad: not ready: no token went through the pipeline lately", "bad: 2 errors of kind LinkLostError",
+    "bad: worker b is lost: its stream broke", "bad: no request can be answered", "bad: 2 errors of kind LinkLostError",
   ]);
+  assert.deepEqual(texts(view(), view({ failure: "all is over" })), ["bad: no request can be answered: all is over"]);
+  assert.deepEqual(texts(view(), view({ is_ready: false })), ["bad: not ready: no token went through the pipeline lately"]);
   assert.deepEqual(texts(failed, failed), []);
   const back = view({
     num_errors: [["LinkLostError", 2]],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browser import axe_script, chromium, violations, visit
+from browser import axe_script, chromium, until, violations, visit
 from playwright.sync_api import expect
 from real_processes import ROOT, Processes, processes_in
 from tiny_models import save_whole
@@ -158,9 +158,9 @@ INK = """() => {
 def test_the_timeline_moves_while_a_request_is_computed_and_holds_still_when_paused(served, shown):
     page = shown()
     chat(page, QUESTION, max_tokens=600)
-    page.wait_for_function(f"({INK})().length > 5")
+    until(page, f"({INK})().length > 5")
     before = page.evaluate(INK)
-    page.wait_for_function(f"(before) => JSON.stringify(({INK})()) !== before", arg=str(before).replace(" ", ""))
+    until(page, f"(before) => JSON.stringify(({INK})()) !== JSON.stringify(before)", before)
     expect(page.locator("#gantt")).to_have_attribute("aria-label", re.compile(r"stage 1 on \S+ computed [1-9]"))
     page.click("#pause")
     page.wait_for_timeout(200)

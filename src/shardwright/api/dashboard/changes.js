@@ -29,12 +29,13 @@ export function changesBetween(before, after) {
   if (before.snapshot.epoch !== after.snapshot.epoch) {
     say("note", `epoch ${after.snapshot.epoch} begins: ${placementOf(after)}`);
   }
-  if (after.failure && after.failure !== before.failure) say("bad", `no request can be answered: ${after.failure}`);
-  if (!after.failure && before.failure) say("good", "requests can be answered again");
-  if (before.is_ready !== after.is_ready) {
-    if (after.is_ready) say("good", "ready: a token went through the pipeline");
-    else say("bad", "not ready: no token went through the pipeline lately");
+  if (after.failure && after.failure !== before.failure) {
+    const isTold = found.some(({ level }) => level === "bad"); // the lost worker, with the same reason
+    say("bad", isTold ? "no request can be answered" : `no request can be answered: ${after.failure}`);
   }
+  if (!after.failure && before.failure) say("good", "requests can be answered again");
+  if (after.is_ready && !before.is_ready) say("good", "ready: a token went through the pipeline");
+  if (!after.is_ready && before.is_ready && !after.failure) say("bad", "not ready: no token went through the pipeline lately");
   const counts = new Map(before.num_errors);
   for (const [kind, number] of after.num_errors) {
     const more = number - (counts.get(kind) ?? 0);

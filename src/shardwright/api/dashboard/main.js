@@ -24,6 +24,10 @@ class MasterClock {
     if (this.#samples.length > CLOCK_SAMPLES) this.#samples.shift();
   }
 
+  reset() {
+    this.#samples = [];
+  }
+
   now = () => Date.now() / 1000 - (this.#samples.length ? Math.min(...this.#samples) : 0);
 }
 
@@ -40,11 +44,12 @@ let lastRequests = null;
 let hasHistory = false;
 
 function onState(fresh) {
-  masterClock.take(fresh.at);
   if (view && view.started_at !== fresh.started_at) {
+    masterClock.reset(); // another master, perhaps on another machine
     store.clear();
     requests.clear();
   }
+  masterClock.take(fresh.at);
   for (const { level, text } of changesBetween(view, fresh)) log.add(fresh.at, level, text);
   view = fresh;
   if (chat) chat.model = fresh.model_name;
@@ -60,7 +65,7 @@ function showView() {
   setText(byId("ready"), text);
   setText(byId("model"), view.model_name);
   document.title = `${view.failure ? "failed \u00b7 " : ""}${view.model_name} \u00b7 Shardwright`;
-  timeline.setStages(view.snapshot.stages.map((stage) => stage.worker_id));
+  timeline.setPipeline(view.snapshot.stages.map((stage) => stage.worker_id), view.snapshot.epoch);
   pipeline.show(view);
 }
 

@@ -99,6 +99,14 @@ export class Listener {
     clearTimeout(this.#watch);
   }
 
+  #tell(event, data) {
+    try {
+      this.#onEvent(event, JSON.parse(data));
+    } catch (error) {
+      console.error(error); // a part of the page that fails is no reason to let the connection go
+    }
+  }
+
   async #connect() {
     const abort = new AbortController();
     this.#abort = abort;
@@ -117,7 +125,7 @@ export class Listener {
           this.#attempt = -1; // the first event, not the headers: a server that fails at once is not one that is back
           this.#onChange({ phase: "open" });
         }
-        this.#onEvent(event, JSON.parse(data));
+        this.#tell(event, data);
       }
     } catch (error) {
       if (abort !== this.#abort) return; // stopped on purpose
@@ -128,7 +136,6 @@ export class Listener {
       }
       if (abort.signal.aborted) reason = `nothing came for ${SILENCE_MS / 1000} seconds`;
       else reason = error instanceof ServerError ? error.message : "the server can't be reached";
-      if (!(error instanceof ServerError || error instanceof TypeError || abort.signal.aborted)) console.error(error);
     }
     if (abort !== this.#abort) return;
     clearTimeout(this.#watch);

@@ -123,20 +123,28 @@ function moreComplete(old, fresh) {
   return { ...old, returned_at: old.returned_at ?? fresh.returned_at };
 }
 
-/** A step's whole trip as consecutive parts `{kind, stage, worker, from, to}`; gaps between stages count as wire. */
+/**
+ * A step's whole trip as consecutive parts `{kind, stage, worker, from, to}`. Between two stages it was on the wire;
+ * where a stage between them has not told yet, the time is not known.
+ */
 export function tripOf(step) {
   const parts = [];
   let at = step.sent_at;
+  let next = 0;
   for (const passage of step.stages) {
     for (const span of spansOf(passage)) {
-      if (span.kind === "wire") span.from = at; // the sender was done with it then
       const to = Math.max(span.to, at);
-      if (to > at) parts.push({ kind: span.kind, stage: passage.stage_index, worker: passage.worker_id, from: at, to });
+      const isGap = span.kind === "wire" && passage.stage_index !== next;
+      const place = isGap ? { kind: "unknown", stage: null, worker: "" }
+        : { kind: span.kind, stage: passage.stage_index, worker: passage.worker_id };
+      if (to > at) parts.push({ ...place, from: at, to });
       at = to;
     }
+    next = passage.stage_index + 1;
   }
   if (step.returned_at !== null && step.returned_at > at) {
-    parts.push({ kind: step.stages.length ? "back" : "unknown", stage: null, worker: "", from: at, to: step.returned_at });
+    const isWhole = next > 0 && (!step.num_stages || next === step.num_stages);
+    parts.push({ kind: isWhole ? "back" : "unknown", stage: null, worker: "", from: at, to: step.returned_at });
   }
   return parts;
 }

@@ -10,7 +10,7 @@ const ROWS = { top: 9, middle: 18, bottom: 6, between: 1 }; // wire and queue; c
 const LANE_PX = LABEL_PX + ROWS.top + ROWS.middle + ROWS.bottom + 2 * ROWS.between + 9;
 const AXIS_PX = 22;
 const MASTER_PX = LABEL_PX + 12 + 9;
-const FRAME_MS = 50;
+const FRAME_MS = 100;
 const TABLE_MS = 2000;
 const TABLE_STEPS = 30;
 const NEAR_PX = 6;
@@ -32,6 +32,7 @@ export class Timeline {
   #tip = byId("gantt-tip");
   #window = 5;
   #stages = [];
+  #epoch = 0; // steps of earlier ones never come back
   #selected = null; // {number, stage}
   #isSeen = true;
   #lastFrame = 0;
@@ -76,7 +77,8 @@ export class Timeline {
   }
 
   /** Which workers hold the stages now, in order. Lanes stay when there is no pipeline any more. */
-  setStages(workers) {
+  setPipeline(workers, epoch) {
+    this.#epoch = workers.length ? epoch : Infinity;
     if (!workers.length || workers.join("\n") === this.#stages.join("\n")) return;
     this.#stages = workers;
     this.redraw();
@@ -238,7 +240,7 @@ export class Timeline {
     const thin = this.#stages.map(() => Object.fromEntries(KINDS.map((kind) => [kind, null])));
     context.globalAlpha = 0.6;
     for (const step of steps) {
-      const [from, to] = [x(Math.max(step.sent_at, begin)), x(Math.min(endOf(step), end))];
+      const [from, to] = [x(Math.max(step.sent_at, begin)), x(Math.min(this.#endOf(step), end))];
       context.fillStyle = palette[`kind-${kindOf(step)}`];
       context.fillRect(from, LABEL_PX + 2, Math.max(to - from, 0.5), 8);
     }
@@ -270,6 +272,12 @@ export class Timeline {
     }
     this.#drawThin(context, palette, thin);
     return busy;
+  }
+
+  /** When a step was last heard of; one that is under way goes on for ever, as far as is known. */
+  #endOf(step) {
+    const isGone = step.returned_at === null && step.epoch < this.#epoch;
+    return isGone ? (step.stages.at(-1)?.sent_at ?? step.sent_at) : endOf(step);
   }
 
   #drawThin(context, palette, thin) {
@@ -341,7 +349,7 @@ export class Timeline {
     for (const step of this.#steps.within(at - near, at + near)) {
       const passage = lane === null ? null : step.stages.find((each) => each.stage_index === lane);
       if (lane !== null && !passage) continue;
-      const [from, to] = passage ? [passage.started_at, passage.finished_at] : [step.sent_at, Math.min(endOf(step), end)];
+      const [from, to] = passage ? [passage.started_at, passage.finished_at] : [step.sent_at, Math.min(this.#endOf(step), end)];
       const away = Math.max(from - at, at - to, 0);
       if (away <= least) [best, least] = [{ step, passage }, away];
       if (away === 0) break;
