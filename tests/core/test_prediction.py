@@ -80,17 +80,17 @@ AB = on(("a", 0, 3), ("b", 3, 6))
 def test_a_step_of_one_sequence_reads_every_weight_once_and_adds_what_is_measured_beside_it():
     workers = (speed("a", layer=((1, 0.1),)), speed("b", bandwidth=500.0, head=((1, 0.5),), hand_over=0.05))
     links = {("a", "b"): LinkSpeed(latency_s=0.2), ("", "a"): LinkSpeed(latency_s=0.01)}
-    step = predict_decode(cluster(model(), *workers, links=links, master_s=0.02), AB, num_sequences=1, context=0)
+    step = predict_decode(cluster(model(), *workers, links=links), AB, num_sequences=1, context=0)
     first, second = step.stages
     assert (first.memory_s, first.overhead_s, first.head_s) == pytest.approx((3.0, 0.3, 0.0))
     assert (second.memory_s, second.head_s) == pytest.approx((6.0, 600 / 500 + 0.5))
     assert first.matrix_s == second.matrix_s == 0.0
-    assert step.trip_s == pytest.approx(0.01 + 3.3 + 0.2 + 6.0 + 1.7 + 0.05 + 0.0 + 0.02)
+    assert step.trip_s == pytest.approx(0.01 + 3.3 + 0.2 + 6.0 + 1.7 + 0.05)
     assert step.cycle_s == pytest.approx(step.trip_s)
     assert step.tokens_per_s == pytest.approx(1 / step.trip_s)
     assert [part.kind for part in step.parts] == [
         PartKind.LINK, PartKind.MEMORY, PartKind.OVERHEAD, PartKind.LINK, PartKind.MEMORY, PartKind.HEAD,
-        PartKind.HAND_OVER, PartKind.MASTER,
+        PartKind.HAND_OVER,
     ]  # fmt: skip
 
 

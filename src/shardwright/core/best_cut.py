@@ -144,11 +144,9 @@ class _Search:
         self._links: dict[tuple[WorkerId, WorkerId], _Sums | None] = {}
         self._seen: dict[tuple[int, frozenset[int], int], list[_Sums]] = {}
         self._path: list[tuple[int, int]] = []  # (worker, end)
-        master_s = self._cluster.master_s + self._cluster.master_sequence_s * self._load.num_sequences
-        prompt_master_s = (self._cluster.master_s + self._cluster.master_sequence_s) * len(self._chunks)
         self._rests = self._least_rests()
         self._is_tight = any(self._may_run_out(capacity) for capacity in chosen)
-        self._extend(0, frozenset(), -1, _Sums(prompt_master_s, master_s))
+        self._extend(0, frozenset(), -1, _Sums())
 
     def _value(self, sums: _Sums) -> float:
         """Seconds of the workload, as `Figures.workload_s` counts them."""

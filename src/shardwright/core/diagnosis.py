@@ -53,7 +53,6 @@ _WORDS = {
     PartKind.HEAD: "the output head and sampling",
     PartKind.HAND_OVER: "handing steps over between links and compute threads",
     PartKind.LINK: "links",
-    PartKind.MASTER: "the master",
     PartKind.COMPUTE: "computing",
     PartKind.QUEUE: "waiting behind other steps",
     PartKind.SERIALISE: "turning tensors into bytes and back",
@@ -94,8 +93,6 @@ def bound_sentences(what: str, parts: Sequence[Part]) -> list[str]:
     if kind is PartKind.LINK:
         sentences = [f"{what} is bound by {_WORDS[kind]} ({share})."]
         large = large or [largest]
-    elif largest.worker_id == MASTER:
-        sentences = [f"{what} is bound by {_WORDS[kind]} ({share})."]
     elif largest.seconds >= _MOST_OF * seconds:
         sentences = [f"{what} is bound by {_WORDS[kind]} on {worker_name(largest.worker_id)} ({share})."]
     else:

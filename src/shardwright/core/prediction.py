@@ -165,8 +165,6 @@ class Cluster:
     links: Links
     token_budget: int = 512  # most tokens of a step
     steps_in_flight: int | None = None  # fixed by the user; None: chosen
-    master_s: float = 0.0  # of the master for a step: from a token to the next step's message
-    master_sequence_s: float = 0.0  # and for each of its sequences
     placement: PlacementSettings = field(default_factory=PlacementSettings)
 
     def link(self, sender: WorkerId, receiver: WorkerId) -> LinkSpeed | None:
@@ -196,7 +194,6 @@ class PartKind(enum.Enum):
     HEAD = "head"  # the output head and sampling
     HAND_OVER = "hand-over"  # between a link and the compute thread
     LINK = "link"
-    MASTER = "master"
     COMPUTE = "compute"  # measured as one
     QUEUE = "queue"
     SERIALISE = "serialise"
@@ -257,7 +254,6 @@ class StepPrediction:
     steps_in_flight: int
     stages: tuple[StagePrediction, ...]  # of the largest of the steps
     links: tuple[LinkPrediction, ...]  # master to first stage, stage to stage, last stage to master
-    master_s: float
     cycle_s: float  # in which every step in flight is back once
 
     @property
@@ -288,7 +284,6 @@ class StepPrediction:
                         (PartKind.HAND_OVER, stage.hand_over_s),
                     )
                 ]
-        found.append(Part(kind=PartKind.MASTER, worker_id=MASTER, seconds=self.master_s))
         return tuple(part for part in found if part.seconds > 0)
 
     @property
@@ -508,7 +503,6 @@ def _step(
         steps_in_flight=num_steps,
         stages=tuple(_stage(cluster, weights, cut, index, load=load, num_steps=num_steps) for index in range(len(cut))),
         links=tuple(link_seconds(cluster, *_ends(cut, index), load=load) for index in range(len(cut) + 1)),
-        master_s=cluster.master_s + cluster.master_sequence_s * load.num_sequences,
         cycle_s=cycle or 0.0,
     )
     return step if cycle is not None else replace(step, cycle_s=step.trip_s)
@@ -524,7 +518,7 @@ class _PredictedPace:
     index: int
     context: int
     link_delay_s: float
-    """Latency into the stage and its hand-over; the first has the answer's way back and the master's time too."""
+    """Latency into the stage and its hand-over; the first has the answer's way back too."""
 
     def step_s(self, shape: StepShape, *, num_steps: int, hopeful: bool = True) -> float:  # noqa: ARG002  as `Pace`
         """Time of the compute thread."""
@@ -538,7 +532,7 @@ class _PredictedPace:
 
 
 def _paces(cluster: Cluster, cut: Cut, context: int, *, num_sequences: int) -> list[_PredictedPace]:
-    """All stages'; `num_sequences` of a step tell what the answer and the master take."""
+    """All stages'; `num_sequences` of a step tell what the answer takes."""
     weights = StageWeights(cluster.costs, cluster.placement)
     load = decode_load(num_sequences, context=context)
     paces = []
@@ -547,6 +541,5 @@ def _paces(cluster: Cluster, cut: Cut, context: int, *, num_sequences: int) -> l
         delay_s = link.latency_s + cluster.workers[stage.worker_id].hand_over_s
         if index == 0:
             delay_s += link_seconds(cluster, *_ends(cut, len(cut)), load=load).seconds
-            delay_s += cluster.master_s + cluster.master_sequence_s * num_sequences
         paces.append(_PredictedPace(cluster, weights, cut, index, context, delay_s))
     return paces
