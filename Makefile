@@ -72,9 +72,11 @@ lint: $(STAMP)  ## check format, style, types, imports between rooms, generated 
 	check $(BIN)/python tools/generate_proto.py --check; \
 	exit $$failed
 
-bench: $(STAMP)  ## measure against transformers in one process, then as a server; most of an hour
+bench: $(STAMP)  ## measure against transformers, as a server, predictions, the cost of being watched; over an hour
 	$(BIN)/python bench/compare.py
 	$(BIN)/python bench/serve_speed.py
+	$(BIN)/python bench/prediction.py
+	$(BIN)/python bench/observing.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
