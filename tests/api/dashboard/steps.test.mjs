@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-const { StepStore, endOf, kindOf, phasesBetween, spansOf, timesOf, tripOf, waterfall } = await import(`${process.env.DASHBOARD}/steps.js`);
+const { StepStore, endOf, kindOf, phasesBetween, quantile, spansOf, timesOf, tripOf, waterfall } = await import(`${process.env.DASHBOARD}/steps.js`);
 
 const passage = (index, arrived, finished, changes = {}) => ({
   worker_id: `w${index}`, stage_index: index, arrived_at: arrived, started_at: arrived + 0.25, finished_at: finished,
@@ -143,4 +143,13 @@ test("a worker's phases are means of the steps between two reports", () => {
   assert.deepEqual(found, { means: { compute: 0.5, wire: 0.5 }, numSteps: 4 });
   assert.equal(phasesBetween(timesOf(report(10, 3)), timesOf(report(10, 3))), null);
   assert.deepEqual(timesOf({ report: null, wire: null }), {});
+});
+
+test("a quantile lies inside its bucket, and the last bound stands for all that is above", () => {
+  const times = { bounds: [1, 2, 4], counts: [0, 2, 2, 1] };
+  assert.equal(quantile(times, 0.4), 2);
+  assert.equal(quantile(times, 0.2), 1.5);
+  assert.equal(quantile(times, 0.6), 3);
+  assert.equal(quantile(times, 1), 4);
+  assert.ok(Number.isNaN(quantile({ bounds: [1], counts: [0, 0] }, 0.5)));
 });

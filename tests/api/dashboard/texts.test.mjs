@@ -21,7 +21,7 @@ test("figures have three digits and a unit", () => {
     [duration(0), "0 s"], [duration(0.0000123), "12.3 \u00b5s"], [duration(0.00099999), "1 ms"], [duration(0.0125), "12.5 ms"],
     [duration(0.9999), "1 s"], [duration(1.234), "1.23 s"], [duration(59.99), "1 min 0 s"], [duration(3599.9), "1 h 0 min"],
     [duration(90061), "1 d 1 h"], [duration(86399), "1 d 0 h"], [duration(-0.002), "-2 ms"],
-    [percent(0), "0 %"], [percent(0.034), "3.4 %"], [percent(0.996), "100 %"], [percent(1), "100 %"],
+    [percent(0), "0 %"], [percent(0.0004), "<0.1 %"], [percent(0.034), "3.4 %"], [percent(0.996), "100 %"], [percent(1), "100 %"],
     [tokenRate(31.25), "31.3 tok/s"], [number(1234567), "1 234 567"], [number(99.96), "100"], [number(0.0451), "0.0451"],
     [counted(1, "step"), "1 step"], [counted(2000, "step"), "2 000 steps"], [clock(3661.25, { tenths: true }), "01:01:01.2"],
   ];

@@ -64,6 +64,7 @@ export function duration(seconds) {
 export function percent(ratio) {
   if (!Number.isFinite(ratio)) return UNKNOWN;
   const value = ratio * 100;
+  if (value > 0 && value < 0.05) return `<0.1${NARROW}%`;
   return `${value !== 0 && Math.abs(value) < 9.95 ? value.toFixed(1) : Math.round(value)}${NARROW}%`;
 }
 

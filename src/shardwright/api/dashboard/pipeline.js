@@ -3,7 +3,7 @@
 import { Placement } from "./changes.js";
 import { arrange, byId, h, setAttribute, setPart, setText } from "./dom.js";
 import { bytes, count, counted, duration, layers, number, percent, rate, UNKNOWN } from "./format.js";
-import { KINDS, phasesBetween, timesOf } from "./steps.js";
+import { KINDS, phasesBetween, quantile, timesOf } from "./steps.js";
 
 const PHASES = ["wait", "wire", "queue", "serialise", "compute", "send"];
 const PHASE_LABELS = { ...Object.fromEntries(KINDS.map(({ id, label }) => [id, label])), wait: "nothing to do" };
@@ -116,9 +116,11 @@ class MasterCard {
     this.name = h("p", { class: "card-line strong" });
     this.blocks = new Bar(["used", "cached"]);
     this.queue = h("p", { class: "card-line muted small" });
+    this.firstToken = h("p", { class: "card-line small" });
+    this.nextToken = h("p", { class: "card-line small" });
     this.element = h("li", { class: "stage master" }, h("article", { class: "card", "aria-label": "Master" },
       h("div", { class: "card-head" }, h("h3", {}, "Master"), this.badge), this.name,
-      h("p", { class: "card-line muted small" }, "schedules steps, holds no weights"), this.blocks.element, this.queue));
+      h("p", { class: "card-line muted small" }, "schedules steps, holds no weights"), this.blocks.element, this.queue, this.firstToken, this.nextToken));
   }
 
   show(view) {
@@ -132,6 +134,9 @@ class MasterCard {
     this.blocks.show("KV blocks", total ? percent(used / total) : UNKNOWN, [used / total, snapshot.num_cached_blocks / total],
       total ? `${count(used)} in use, ${count(snapshot.num_cached_blocks)} more hold known prefixes, of ${count(total)}` : "no pipeline");
     setText(this.queue, `${counted(snapshot.total_prompt_tokens, "prompt token")}, ${count(snapshot.total_cached_tokens)} from the prefix cache`);
+    const typical = (times) => `p50 ${duration(quantile(times, 0.5))}, p95 ${duration(quantile(times, 0.95))}`;
+    setText(this.firstToken, `First token since the start: ${typical(view.time_to_first_token)}`);
+    setText(this.nextToken, `Next token since the start: ${typical(view.inter_token_latency)}`);
   }
 }
 

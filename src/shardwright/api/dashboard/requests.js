@@ -8,6 +8,7 @@ import { KINDS, StepStore, waterfall } from "./steps.js";
 const MOST_ROWS = 60;
 const MOST_PREFILL = 8; // bars that are drawn one by one; the rest is summed up
 const MOST_DECODE = 6;
+const MOST_DRAWN = 60; // steps of a row that stands for several
 const LABELS = Object.fromEntries(KINDS.map(({ id, label }) => [id, label]));
 const STATES = { stop: "done", length: "limit reached", abort: "given up", error: "failed", deadline: "out of time", rejected: "refused" };
 
@@ -211,6 +212,17 @@ function stepsOf(fall) {
   const most = { wait: 1, prefill: MOST_PREFILL, decode: MOST_DECODE };
   const shown = fall.rows.filter(({ kind }) => (counts[kind] += 1) <= most[kind]);
   if (!shown.length) return h("p", { class: "muted" }, "None of its steps is known.");
+  // Chunks that are not shown one by one share a row: the axis has them anyway.
+  const others = fall.rows.filter(({ kind }) => kind === "prefill").slice(MOST_PREFILL);
+  if (others.length) {
+    const [begin, end] = [others[0].from, others.at(-1).to];
+    const parts = others.length <= MOST_DRAWN ? others.flatMap((row) => row.parts)
+      : [{ kind: "compute", stage: null, worker: "", from: begin, to: end }];
+    const numTokens = others.reduce((sum, row) => sum + row.numTokens, 0);
+    const at = shown.findIndex(({ kind }) => kind === "decode");
+    shown.splice(at < 0 ? shown.length : at, 0,
+      { label: `prefill, ${counted(others.length, "more step")}`, kind: "prefill", number: null, numTokens, from: begin, to: end, parts });
+  }
   const from = shown[0].from;
   const span = Math.max(...shown.map(({ to }) => to)) - from || 1;
   const rows = shown.map((row) => {
@@ -220,7 +232,7 @@ function stepsOf(fall) {
       setPart(bar, "width", (part.to - part.from) / span);
       return bar;
     });
-    const name = row.number === null ? "waiting" : `${row.label}, step ${count(row.number)}`;
+    const name = row.number === null ? row.label : `${row.label}, step ${count(row.number)}`;
     return h("tr", {}, h("th", { scope: "row" }, name),
       h("td", { class: "figure tokens" }, row.numTokens ? count(row.numTokens) : UNKNOWN),
       h("td", { class: "figure after" }, duration(row.from - from)),

@@ -205,6 +205,21 @@ export function waterfall(request, stepOf, now) {
   return { rows, totals, byStage, numMissing: request.num_steps - numKnown, total };
 }
 
+/** The value below which `part` (0 to 1) of a histogram's counts lie, linear inside its bucket; NaN of nothing. */
+export function quantile({ bounds, counts }, part) {
+  const wanted = part * counts.reduce((sum, each) => sum + each, 0);
+  let below = 0;
+  for (const [index, each] of counts.entries()) {
+    if (each && below + each >= wanted) {
+      const low = index ? bounds[index - 1] : 0;
+      const high = bounds[Math.min(index, bounds.length - 1)]; // what lies above the last bound counts as lying on it
+      return low + ((high - low) * Math.max(wanted - below, 0)) / each;
+    }
+    below += each;
+  }
+  return NaN;
+}
+
 /** Where steps are left out of the list of a request that has very many: the index after the widest gap; -1: nowhere. */
 function cutOf({ steps, num_steps: numSteps }) {
   if (numSteps <= steps.length) return -1;
