@@ -373,6 +373,7 @@ class StageLoad:
     tensors: tuple[TensorSpec, ...]
     file_hints: tuple[FileHint, ...]
     next_address: str  # host:port of the next stage's worker; empty on the last stage
+    master_id: str = ""  # random: tells a load that is taken up again from one of another master, however alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from shardwright.errors import FrameError, LinkLostError, ShardwrightError, WorkerUnreachableError
+from shardwright.errors import FrameError, LinkLostError, ShardwrightError, StageLoadError, WorkerUnreachableError
 from shardwright.model import stage as stage_module
 from shardwright.model.stage import StageOutput
 from shardwright.runtime import worker as worker_module
@@ -183,27 +183,40 @@ class Running:
         await self.shell.close()
         await self.receiver.close()
 
-    async def load(
-        self, *, vocabulary: bytes | None = None, epoch: int = 1, next_worker: Running | None = None, index: int = 0
-    ) -> WeightsNeeded:
-        """Load the stage as a session does; gives what had to be sent. With a next worker it is the first of two."""
+    def stage_load(
+        self,
+        *,
+        vocabulary: bytes | None = None,
+        epoch: int = 1,
+        next_worker: Running | None = None,
+        index: int = 0,
+        master_id: str = "",
+    ) -> StageLoad:
+        """A stage of one tensor; with a next worker it is the first of two."""
         weight = TensorSpec(
             name="weight", dtype="U8", shape=(len(WEIGHT),), num_bytes=len(WEIGHT),
             sha256=hashlib.sha256(WEIGHT).hexdigest(),
         )  # fmt: skip
-        blobs = {} if vocabulary is None else {VOCABULARY_TENSOR: vocabulary}
-        load = StageLoad(
+        return StageLoad(
             assignment=StageAssignment(
                 epoch=epoch, worker_id="w", stage_index=index, num_stages=2 if next_worker else index + 1,
                 layers=LayerRange(0, 2), num_blocks=4, block_size=4, next_worker_id="w2" if next_worker else None,
             ),
             model_config="{}",
             dtype="float32",
-            tensors=(weight, *(blob_spec(name, blob) for name, blob in blobs.items())),
+            tensors=(weight, *(() if vocabulary is None else (blob_spec(VOCABULARY_TENSOR, vocabulary),))),
             file_hints=(),
             next_address=next_worker.listener.address if next_worker else "",
+            master_id=master_id,
         )  # fmt: skip
+
+    async def load(
+        self, *, vocabulary: bytes | None = None, epoch: int = 1, next_worker: Running | None = None, index: int = 0
+    ) -> WeightsNeeded:
+        """Load the stage as a session does; gives what had to be sent."""
+        load = self.stage_load(vocabulary=vocabulary, epoch=epoch, next_worker=next_worker, index=index)
         heard: list[object] = []
+        blobs = {} if vocabulary is None else {VOCABULARY_TENSOR: vocabulary}
         await send_stage(self.client, load, BlobsBeside(self.checkpoint, blobs), heard.append)
         (needed,) = [reply for reply in heard if isinstance(reply, WeightsNeeded)]
         return needed
@@ -550,6 +563,16 @@ async def test_errors_are_counted_by_kind(pair):
     await second.listener.close(grace_s=0)
     await eventually(lambda: dict(first.shell.report().errors) == {"StaleEpochError": 1, "LinkLostError": 2})
     await link.replies.aclose()
+
+
+async def test_a_master_whose_connection_broke_as_the_stage_was_ready_is_told_so_when_it_asks_again(worker):
+    load = worker.stage_load(master_id="one")
+    done = await send_stage(worker.client, load, worker.checkpoint, lambda _: None)
+    assert await send_stage(worker.client, load, worker.checkpoint, lambda _: None) == done
+    assert len(worker.built) == 1
+    with pytest.raises(StageLoadError, match="epoch 1 is not newer than 1"):
+        await send_stage(worker.client, worker.stage_load(master_id="two"), worker.checkpoint, lambda _: None)
+    assert await worker.client.process_layer(step(1), timeout_s=T), "the stage is held as before"
 
 
 async def test_a_sender_that_breaks_the_protocol_counts_as_an_error(worker):

@@ -213,6 +213,7 @@ loads = st.builds(
         max_size=2,
     ).map(tuple),
     next_address=maybe_text,
+    master_id=maybe_text,
 )
 chunks = st.builds(WeightChunk, sha256=sha, offset=st.integers(0, 2**39), data=st.binary(min_size=1, max_size=50))
 load_replies = (

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import secrets
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -539,6 +540,7 @@ class _StageSender:
         self._addresses = {worker.worker_id: worker.entry.address for worker in workers}
         self._cache_dir = cache_dir
         self._listener = listener
+        self._master_id = secrets.token_hex(8)
         self._blobs: dict[str, bytes] = {}  # in memory, by the name of the tensor that each travels as
 
     async def __call__(self, assignment: StageAssignment, client: WorkerClient) -> LoadDone:
@@ -573,6 +575,7 @@ class _StageSender:
             tensors=specs,
             file_hints=self._hints(),
             next_address="" if next_id is None else self._addresses[next_id],
+            master_id=self._master_id,
         )
 
     def _vocabulary_specs(self) -> tuple[TensorSpec, ...]:

@@ -182,6 +182,7 @@ class _HeldStage:
     """One epoch's stage with everything that lives as long as it does."""
 
     load: StageLoad
+    done: LoadDone  # what its master was told
     stage: Stage
     clock: StepClock
     loaded_at: float
@@ -309,6 +310,7 @@ class WorkerShell:
         self._load_starts: dict[Epoch, asyncio.Event] = {}
         self._is_duplicate = False  # the step that arrives now is still in the inbox from its first arrival
         self._lost_next: WorkerId | None = None  # the next stage's worker, once the link to it is gone
+        self._loading: StageLoad | None = None  # the last load that was begun
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
         self._compute = compute
@@ -546,14 +548,22 @@ class WorkerShell:
         epoch = load.assignment.epoch
         began = self._now()
         try:
+            held = self._held
+            if held is not None and held.load == load and self._state.epoch == epoch:
+                # The same master again: the connection broke before it heard that its stage was built.
+                self._interrupted = None
+                await replies.put(held.done)
+                return
             if not await self._begin_load(load, replies):
                 return
             raw = await self._receiver.receive(load, incoming, replies.put)
             stage = await self._build(load, raw, replies)
             self._lost_next = None
             self._recorder.begin_stage()
+            done = LoadDone(weight_bytes=stage.weight_bytes, kv_bytes=stage.kv_bytes, load_s=self._now() - began)
             self._held = _HeldStage(
                 load=load,
+                done=done,
                 stage=stage,
                 clock=StepClock(),
                 loaded_at=self._now(),
@@ -563,9 +573,7 @@ class WorkerShell:
             if self._state.epoch != epoch:  # replaced or released while it was built
                 await replies.put(LoadRefused(reason=f"epoch {epoch} was given up while its stage was built"))
                 return
-            await replies.put(
-                LoadDone(weight_bytes=stage.weight_bytes, kv_bytes=stage.kv_bytes, load_s=self._now() - began)
-            )
+            await replies.put(done)
         except LinkLostError as exc:
             self._errors.add(type(exc))
             self._interrupted = epoch  # the master will call again, or is gone; what arrived stays in the cache
@@ -585,7 +593,7 @@ class WorkerShell:
         """Let the core take the assignment and wait until an older stage is gone; False if it was refused."""
         epoch = load.assignment.epoch
         interrupted, self._interrupted = self._interrupted, None
-        if self._state.phase is StagePhase.LOADING and self._state.assignment == load.assignment:
+        if self._state.phase is StagePhase.LOADING and self._loading == load:
             return True  # the same load over a new connection; the receiver ends what the old one still does
         if interrupted is not None:
             self._handle(LoadFailed(epoch=interrupted, reason="the master went on to another epoch"))
@@ -596,6 +604,7 @@ class WorkerShell:
             return False
         start = self._load_starts.setdefault(epoch, asyncio.Event())
         try:
+            self._loading = load
             self._handle(Assigned(assignment=load.assignment))
             await start.wait()
         finally:

@@ -364,7 +364,7 @@ class FileHint(_message.Message):
     def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., hub_repo: _Optional[str] = ..., hub_revision: _Optional[str] = ..., hub_filename: _Optional[str] = ...) -> None: ...
 
 class LoadBegin(_message.Message):
-    __slots__ = ("assignment", "model_config", "dtype", "num_tensors", "tensors", "file_hints", "next_address")
+    __slots__ = ("assignment", "model_config", "dtype", "num_tensors", "tensors", "file_hints", "next_address", "master_id")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +372,7 @@ class LoadBegin(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FILE_HINTS_FIELD_NUMBER: _ClassVar[int]
     NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ID_FIELD_NUMBER: _ClassVar[int]
     assignment: StageAssignment
     model_config: str
     dtype: DType
@@ -379,7 +380,8 @@ class LoadBegin(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     file_hints: _containers.RepeatedCompositeFieldContainer[FileHint]
     next_address: str
-    def __init__(self, assignment: _Optional[_Union[StageAssignment, _Mapping]] = ..., model_config: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., file_hints: _Optional[_Iterable[_Union[FileHint, _Mapping]]] = ..., next_address: _Optional[str] = ...) -> None: ...
+    master_id: str
+    def __init__(self, assignment: _Optional[_Union[StageAssignment, _Mapping]] = ..., model_config: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., file_hints: _Optional[_Iterable[_Union[FileHint, _Mapping]]] = ..., next_address: _Optional[str] = ..., master_id: _Optional[str] = ...) -> None: ...
 
 class MoreTensors(_message.Message):
     __slots__ = ("tensors",)

@@ -85,6 +85,7 @@ def _begin_parts(load: StageLoad) -> Iterator[bytes]:
             for hint in load.file_hints
         ],
         next_address=load.next_address,
+        master_id=load.master_id,
     )
     few = len(specs) <= _TENSORS_PER_PART // 2  # then they fit beside config and hints
     if few:
@@ -177,6 +178,7 @@ def _read_load(source: pb.LoadBegin, tensors: tuple[TensorSpec, ...]) -> StageLo
         tensors=tensors,
         file_hints=tuple(_read_hint(hint) for hint in source.file_hints),
         next_address=checks.text("LoadBegin.next_address", source.next_address, empty=True),
+        master_id=checks.text("LoadBegin.master_id", source.master_id, empty=True),
     )
 
 
