@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from browser import axe_script, chromium, until, violations, visit
 from playwright.sync_api import expect
 from real_processes import ROOT, Processes, processes_in
@@ -55,7 +56,12 @@ def served(browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboard")
     byte_level(folder / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
-    save_whole("llama", folder / "model", vocab_size=len(tokenizer), max_position_embeddings=4096, rope_parameters=None)
+    model = save_whole(
+        "llama", folder / "model", vocab_size=len(tokenizer), max_position_embeddings=4096, rope_parameters=None
+    ).model
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0  # never the likeliest: answers end at their limit
+    model.save_pretrained(folder / "model")
     with processes_in(folder) as processes:
         yield Served(processes, folder / "model")
 
@@ -157,7 +163,7 @@ INK = """() => {
 
 def test_the_timeline_moves_while_a_request_is_computed_and_holds_still_when_paused(served, shown):
     page = shown()
-    chat(page, QUESTION, max_tokens=600)
+    chat(page, QUESTION, max_tokens=3900)
     until(page, f"({INK})().length > 5")
     before = page.evaluate(INK)
     until(page, f"(before) => JSON.stringify(({INK})()) !== JSON.stringify(before)", before)
