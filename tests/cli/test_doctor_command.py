@@ -157,6 +157,12 @@ def test_options_that_mean_nothing_to_a_running_server_are_refused(run_cli, opti
     assert f"error: {option[0]} says what to measure" in outcome.err
 
 
+def test_more_sequences_than_run_at_once_are_refused(run_cli, wishes):
+    outcome = run_cli("doctor", "--model", "toy", "--sequences", "100")
+    assert (outcome.code, wishes) == (2, [])
+    assert "error: --sequences is 100, but at most 64 run at once" in outcome.err
+
+
 def test_a_registry_without_workers_says_what_to_do(run_cli, tmp_path):
     outcome = run_cli("doctor", "--model", tmp_path / "none")
     assert outcome.code == 2

@@ -94,6 +94,8 @@ def doctor(
         return
     settings = flags.master_config(token_budget=token_budget, steps_in_flight=steps_in_flight)
     worker_options = flags.worker_options()
+    if sequences > settings.max_running:
+        raise ConfigError(f"--sequences is {sequences}, but at most {settings.max_running} run at once (max_running)")
     from shardwright.core.prediction import Workload
     from shardwright.runtime.doctor import Wish
 

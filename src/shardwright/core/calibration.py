@@ -12,7 +12,7 @@ from shardwright.types import WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedStep:
-    """A step that a stage computed by hand: the time of the compute thread, the median of a few."""
+    """A step that a stage computed by hand: the time of the compute thread, the mean of a few."""
 
     load: StepLoad
     seconds: float

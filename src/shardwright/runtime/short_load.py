@@ -8,13 +8,15 @@ import statistics
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from shardwright.core.prediction import Workload
 from shardwright.engine import FinishEvent, RequestEvent, TokenEvent
 from shardwright.errors import ClusterError
 from shardwright.runtime.session import Session
 from shardwright.types import GREEDY, FinishReason, StopConditions, TokenId
+
+_MOST_STRETCH: Final = 4
 
 
 class Listener(Protocol):
@@ -54,13 +56,15 @@ class Achieved:
         return self.prompt_tokens / self.time_to_first_token_s
 
 
-async def run_load(session: Session, workload: Workload, listener: Listener, *, rounds: int = 2) -> Achieved:
+async def run_load(
+    session: Session, workload: Workload, listener: Listener, *, rounds: int = 2, first_id: int = 1 << 24
+) -> Achieved:
     """A long prompt, one sequence, and all sequences, with seeded tokens; medians over the rounds.
 
-    A round of each goes before them, so that the scheduler knows the stages' times. Raises `ClusterError` when the
-    pipeline fails under it.
+    A round of each goes before them, so that the scheduler knows the stages' times. `first_id` sets the prompts of one
+    load apart from another's. Raises `ClusterError` when the pipeline fails under it.
     """
-    load = _LoadRun(session, workload)
+    load = _LoadRun(session, workload, first_id)
     results: list[tuple[float, float, float]] = []
     for number in range(rounds + 1):
         which = "warming up" if number == 0 else f"round {number} of {rounds}"
@@ -81,10 +85,10 @@ async def run_load(session: Session, workload: Workload, listener: Listener, *, 
 
 
 class _LoadRun:
-    def __init__(self, session: Session, workload: Workload) -> None:
+    def __init__(self, session: Session, workload: Workload, first_id: int) -> None:
         self._session = session
         self._workload = workload
-        self._ids = TokenIds(session.vocab_size, first=1 << 24)
+        self._ids = TokenIds(session.vocab_size, first=first_id)
 
     async def prompt(self) -> float:
         """Seconds from a prompt's submission to its first token."""
@@ -93,17 +97,24 @@ class _LoadRun:
         return times[0] - begin
 
     async def decode(self, num_sequences: int) -> float:
-        """Tokens a second of all sequences together, between the last one's first token and the first one's last."""
+        """Tokens a second of all sequences together, between the last one's first token and the first one's last.
+
+        Prompts are computed beside answers, a few tokens a step: many sequences need longer answers to meet. Raises
+        `ClusterError` where even answers that are `_MOST_STRETCH` times as long don't.
+        """
         new_tokens = self._workload.new_tokens
         length = max(self._workload.context - new_tokens // 2, 1)
-        all_times = await asyncio.gather(*(self._times(length, new_tokens) for _ in range(num_sequences)))
-        start, end = max(times[0] for times in all_times), min(times[-1] for times in all_times)
-        count = sum(start < at <= end for times in all_times for at in times)
-        if end <= start or count < num_sequences:
-            raise ClusterError(
-                f"{num_sequences} answers of {new_tokens} tokens never ran at the same time; take more new tokens"
-            )
-        return count / (end - start)
+        for stretch in range(1, _MOST_STRETCH + 1):
+            count = stretch * new_tokens
+            all_times = await asyncio.gather(*(self._times(length, count) for _ in range(num_sequences)))
+            start, end = max(times[0] for times in all_times), min(times[-1] for times in all_times)
+            counted = sum(start < at <= end for times in all_times for at in times)
+            if counted >= num_sequences * min(new_tokens // 4, 8):
+                return counted / (end - start)
+        raise ClusterError(
+            f"{num_sequences} answers of {count} tokens did not run at the same time; "
+            "take fewer sequences (--sequences) or more new tokens (--new-tokens)"
+        )
 
     async def _times(self, num_tokens: int, new_tokens: int) -> list[float]:
         """When each token of an answer came."""

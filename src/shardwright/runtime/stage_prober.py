@@ -28,7 +28,7 @@ STEP_TIMEOUT_S: Final = 120.0
 _FIRST_STEP: Final = 1 << 40
 """By-hand steps have numbers that no pipeline reaches, so that nobody takes them for its own."""
 
-_TIMED_ROUNDS: Final = 7
+_TIMED_ROUNDS: Final = 15
 _LEAST_ROUNDS: Final = 2
 _SHAPE_LIMIT_S: Final = 3.0
 
@@ -178,7 +178,7 @@ class StageProber:
     # --- times -------------------------------------------------------------------------------------
 
     async def _time(self, slices: tuple[SequenceSlice, ...], load: StepLoad) -> dict[WorkerId, TimedStep]:
-        """Medians of a few trips through all stages; the last one computes each step also without the head."""
+        """Means of a few trips through all stages; the last one computes each step also without the head."""
         bare = tuple(replace(part, sampling=None) for part in slices)
         steps: list[StepId] = []
         bare_steps: list[StepId] = []
@@ -203,10 +203,10 @@ class StageProber:
         for stage in self._stages:
             times = self._times[stage.worker_id] = await stage.times()
             if stage is not self._stages[-1]:
-                found[stage.worker_id] = TimedStep(load=load, seconds=_median(times, self._last_steps, stage))
+                found[stage.worker_id] = TimedStep(load=load, seconds=_mean(times, self._last_steps, stage))
                 continue
-            sampled_s = _median(times, self._last_steps, stage) if slices != bare else None
-            seconds = _median(times, self._last_bare, stage)
+            sampled_s = _mean(times, self._last_steps, stage) if slices != bare else None
+            seconds = _mean(times, self._last_bare, stage)
             found[stage.worker_id] = TimedStep(load=load, seconds=seconds, sampled_s=sampled_s)
         return found
 
@@ -243,18 +243,19 @@ class StageProber:
             steps.append(step.step)
         found = {}
         for stage in group:
-            together_s = _median(await stage.times(), steps[1:], stage)
+            together_s = _mean(await stage.times(), steps[1:], stage)
             alone = next(step for step in decodes[stage.worker_id] if step.load.num_sequences == size)
             factor = together_s / (alone.seconds if alone.sampled_s is None else alone.sampled_s)
             found[stage.worker_id] = max((factor - 1) / (len(group) - 1), 0.0)
         return found
 
 
-def _median(times: Mapping[StepId, float], steps: Sequence[StepId], stage: _ProbedStage) -> float:
+def _mean(times: Mapping[StepId, float], steps: Sequence[StepId], stage: _ProbedStage) -> float:
+    """The mean, not the median: a rate is made of all steps, those that something disturbs included."""
     known = [times[step] for step in steps if step in times]
     if not known:
         raise ClusterError(f"worker {stage.worker_id} told no times of the steps that it was given to measure")
-    return statistics.median(known)
+    return statistics.fmean(known)
 
 
 def _num_bytes(frames: Sequence[TensorFrame]) -> int:
