@@ -121,7 +121,10 @@ function onChange({ phase, reason, retryAtMs }) {
 
 const listener = new Listener("api/events", { onEvent, onChange });
 
-byId("banner-retry").addEventListener("click", () => listener.start());
+byId("banner-retry").addEventListener("click", () => {
+  if (isKeyWanted) askForKey("");
+  else listener.start();
+});
 
 let sleepTimer = 0;
 let isAsleep = false;
@@ -145,7 +148,10 @@ document.addEventListener("visibilitychange", () => {
 
 // --- the key ----------------------------------------------------------------------------------------
 
+let isKeyWanted = false;
+
 function askForKey(reason) {
+  isKeyWanted = true;
   const dialog = byId("key-dialog");
   const error = byId("key-error");
   error.hidden = !reason;
@@ -161,12 +167,20 @@ byId("key-form").addEventListener("submit", (event) => {
   if (value === "") return;
   key.set(value);
   byId("key-input").value = "";
+  isKeyWanted = false;
+  byId("banner").hidden = true;
   byId("forget-key").hidden = false;
   byId("key-dialog").close();
   listener.start();
 });
 
 byId("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // without a key there is nothing to show
+
+byId("key-dialog").addEventListener("close", () => {
+  if (!isKeyWanted) return; // browsers close it at a second Escape all the same
+  setText(byId("banner-text"), "The server asks for an API key.");
+  byId("banner").hidden = false;
+});
 
 byId("forget-key").addEventListener("click", () => {
   key.forget();
