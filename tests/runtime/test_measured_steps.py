@@ -48,9 +48,10 @@ def test_the_parts_of_the_mean_step_add_up_to_its_trip():
     assert sum(part.seconds for part in found.parts) == pytest.approx(found.trip_s)
     at_b = [part for part in found.parts if part.worker_id == "b" and part.kind is PartKind.COMPUTE]
     assert at_b[0].seconds == pytest.approx((0.03 + 0.05 + 0.03) / 3 - 0.001)
-    (sentence,) = summary_sentences("Decode", found)
+    sentence, few = summary_sentences("Decode", found)
     assert sentence.startswith("Decode is bound by computing")
     assert "worker b" in sentence
+    assert few == "That is from 3 steps alone; send requests, then look again."
 
 
 def test_a_link_that_takes_most_of_a_step_is_named_with_its_time():

@@ -40,16 +40,17 @@ def print_report(console: Console, found: Examination) -> None:
     for sentence in found.sentences:
         _say(console, sentence)
     console.print()
-    _say(console, _proposals(found.best_changes, workload.num_sequences))
+    _say(console, _proposals(found.best_changes, workload.num_sequences, is_loaded=bool(found.probes)))
     for number, change in enumerate(found.best_changes, start=1):
         _say(console, f"{number}. {_proposal(change, found.figures)}")
 
 
-def _proposals(changes: Sequence[Change], num_sequences: int) -> str:
+def _proposals(changes: Sequence[Change], num_sequences: int, *, is_loaded: bool) -> str:
     if not changes:
         return "No change that could be predicted from these measurements promises 5% or more."
     load = "one request" if num_sequences == 1 else f"{num_sequences} requests at once"
-    return f"What would help most, by the same prediction; the gain is of the new tokens a second with {load}:"
+    how = "by the same prediction" if is_loaded else "by machines and links alone, so at most"
+    return f"What would help most, {how}; the gain is of the new tokens a second with {load}:"
 
 
 def _proposal(change: Change, now: Figures) -> str:
@@ -117,9 +118,12 @@ def _links(found: Examination) -> Table:
 def _stages(found: Examination) -> Table:
     """Predicted milliseconds of each stage and of the link into it."""
     figures = found.figures
-    steps = (figures.one, figures.many, figures.prompt.chunks[0])
-    names = ("1 sequence ms", f"{figures.workload.num_sequences} sequences ms", f"{steps[2].num_tokens} tokens ms")
-    table = Table("stage", "worker", "layers", "link ms", *names)
+    chunk = figures.prompt.chunks[0]
+    columns = {"1 sequence ms": figures.one}
+    if figures.workload.num_sequences > 1:
+        columns[f"{figures.workload.num_sequences} sequences ms"] = figures.many
+    columns[f"{chunk.num_tokens} tokens ms"] = chunk
+    table = Table("stage", "worker", "layers", "link ms", *columns)
     for column in table.columns[3:]:
         column.justify = "right"
     for index, stage in enumerate(figures.one.stages):
@@ -128,7 +132,7 @@ def _stages(found: Examination) -> Table:
             stage.worker_id,
             f"{stage.start}-{stage.end - 1}",
             f"{figures.one.links[index].seconds * 1e3:.2f}",
-            *(f"{step.stages[index].compute_s * 1e3:.2f}" for step in steps),
+            *(f"{step.stages[index].compute_s * 1e3:.2f}" for step in columns.values()),
         )
     return table
 
@@ -212,13 +216,17 @@ def print_summary(console: Console, view: ClusterView, found: Mapping[str, Steps
         busy = ", ".join(f"{worker_name(worker_id)} {share:.0%}" for worker_id, share in summary.busy)
         _say(
             console,
-            f"{summary.num_steps} steps of {summary.sequences_per_step:.1f} sequences and "
+            f"{_count(summary.num_steps)} of {summary.sequences_per_step:.1f} sequences and "
             f"{summary.tokens_per_step:.1f} tokens on average, {summary.steps_in_flight:.1f} in flight, "
             f"{milliseconds(summary.trip_s)} each, {_rate(summary.tokens_per_s)} tokens/s; busy with them: {busy}",
         )
         for sentence in summary_sentences(what, summary):
             _say(console, sentence)
         console.print()
+
+
+def _count(num_steps: int) -> str:
+    return "1 step" if num_steps == 1 else f"{num_steps} steps"
 
 
 def _where(part: Part) -> str:

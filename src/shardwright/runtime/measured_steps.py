@@ -14,6 +14,9 @@ from shardwright.types import WorkerId
 _ALWAYS_BUSY = 0.9
 """A stage that computes for this part of the time is what all wait for."""
 
+_FEW_STEPS = 10
+"""With so few, the master's own tries of an idle pipeline may be all that there was."""
+
 _PAUSE_S = 1.0
 """Steps further apart are not of one stretch of work."""
 
@@ -78,7 +81,15 @@ def summarise(steps: Sequence[StepPassage], *, is_decode: bool) -> StepsSummary 
 
 
 def summary_sentences(what: str, summary: StepsSummary) -> list[str]:
-    """What bounds these steps, in words."""
+    """What bounds these steps, in words; with few of them, that they are few."""
+    few = []
+    if summary.num_steps < _FEW_STEPS:
+        count = "1 step" if summary.num_steps == 1 else f"{summary.num_steps} steps"
+        few = [f"That is from {count} alone; send requests, then look again."]
+    return _bounds(what, summary) + few
+
+
+def _bounds(what: str, summary: StepsSummary) -> list[str]:
     worker_id, share = summary.busiest
     if share >= _ALWAYS_BUSY and summary.steps_in_flight > 1.2:
         return [f"{what} is bound by {worker_name(worker_id)}, which computes {share:.0%} of the time."]

@@ -72,8 +72,10 @@ async def run_load(
         first_s = await load.prompt()
         listener.doing(f"running the load, {which}: one sequence")
         one = await load.decode(1)
-        listener.doing(f"running the load, {which}: {workload.num_sequences} sequences")
-        many = await load.decode(workload.num_sequences)
+        many = one
+        if workload.num_sequences > 1:
+            listener.doing(f"running the load, {which}: {workload.num_sequences} sequences")
+            many = await load.decode(workload.num_sequences)
         results.append((one, many, first_s))
     one, many, first_s = (statistics.median(values) for values in zip(*results[1:], strict=True))
     return Achieved(
