@@ -259,7 +259,8 @@ class Terminal:
                 try:
                     self.text += os.read(self.master, 65536).decode(errors="replace")
                 except OSError:  # the process has closed its end
-                    assert re.compile(pattern).search(self.text, after), self.text[-2000:]
+                    ended = f"it ended with {self.process.wait(10)}: {self.text[-2000:]!r}"
+                    assert re.compile(pattern).search(self.text, after), ended
         return match.end()
 
     def close(self):
@@ -283,7 +284,7 @@ def test_a_terminal_gets_its_screen_back_when_it_is_told_to_end(server):
 def test_in_a_terminal_it_goes_on_over_a_restart_and_ctrl_c_ends_it(seen):
     with server_in_thread(FakeTextEngine(observatory=seen)) as server:
         port = server.port
-        terminal = Terminal(["top", "--url", server.url, "--interval", "0.1"])
+        terminal = Terminal(["top", "--url", server.url, "--interval", "0.1", "--timeout", "30"])
         try:
             at = terminal.wait_for("rack-1")
             assert "\x1b[?1049h" in terminal.text
