@@ -72,6 +72,7 @@ def check_serves(master, cluster, tiny):
     return check
 
 
+@pytest.mark.slow
 def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_run, error_of):
     """The master's own workers: the second is killed while the answer is under way."""
     run = long_run("--local-workers", 2)
@@ -86,6 +87,7 @@ def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_
     assert run.descendants() == []
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_loads_is_named(processes, tiny, tmp_path, error_of):
     """The other worker of the registry lives on."""
     pairs = processes.workers(2, "--cache-dir", tmp_path / "worker-cache")
@@ -117,6 +119,7 @@ def test_ctrl_c_ends_a_master_and_its_workers(long_run, moment):
     assert run.descendants() == []
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_master_and_its_workers(long_run):
     run = long_run("--local-workers", 2)
     run.wait_for("^ready: 2 stages")
@@ -128,6 +131,7 @@ def test_sigterm_ends_a_master_and_its_workers(long_run):
     assert run.descendants() == []
 
 
+@pytest.mark.slow
 def test_local_workers_end_when_their_master_is_killed(long_run):
     run = long_run("--local-workers", 2)
     run.wait_for("^ready: 2 stages")

@@ -100,6 +100,7 @@ def test_a_client_that_goes_away_frees_everything(server, raw):
         assert server.becomes_idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["^looking at", "^loading the stages", "^ready: 2 stages", "^Serving"])
 def test_ctrl_c_ends_the_server_and_its_workers_in_every_phase(serve, moment):
     server = serve()
@@ -113,6 +114,7 @@ def test_ctrl_c_ends_the_server_and_its_workers_in_every_phase(serve, moment):
     assert server.run.descendants() == []
 
 
+@pytest.mark.slow
 def test_sigterm_lets_running_answers_end(serve, tiny):
     """The answer that is under way comes whole; a new request is refused; then the process ends with 0."""
     server = serve()
@@ -133,6 +135,7 @@ def test_sigterm_lets_running_answers_end(serve, tiny):
     assert server.run.descendants() == []
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_is_cut_off_at_the_end(serve, tiny):
     server = serve("--shutdown-timeout", 0.5)
     with client_of(server) as client:
@@ -149,6 +152,7 @@ def test_an_answer_that_takes_too_long_is_cut_off_at_the_end(serve, tiny):
     assert server.run.descendants() == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(serve, raw, tiny):
     server = serve("--shutdown-timeout", 60)
     sock = raw(server.url, model=tiny.folder.name, max_tokens=30000, ignore_eos=True, stream=True)
@@ -162,6 +166,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(serve, raw, tiny):
     assert eventually(lambda: server.run.descendants() == [])
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_server_is_killed(serve):
     server = serve()
     assert server.url
@@ -169,6 +174,7 @@ def test_workers_end_when_the_server_is_killed(serve):
     assert eventually(lambda: server.run.descendants() == [])
 
 
+@pytest.mark.slow
 def test_a_lost_worker_leaves_the_server_up_with_the_reason(serve, tiny):
     """Answers under way end with an error, new ones get 503, /ready says 503, the log says so, exit code 3."""
     server = serve()
@@ -199,6 +205,7 @@ def test_a_lost_worker_leaves_the_server_up_with_the_reason(serve, tiny):
     assert server.run.descendants() == []
 
 
+@pytest.mark.slow
 def test_registered_workers_serve_and_live_on(processes, serve, tiny, tmp_path):
     pairs = processes.workers(2, "--cache-dir", tmp_path / "worker-cache")
     registry = write_registry(tmp_path / "workers.json", [port for _, port in pairs])
@@ -219,6 +226,7 @@ def test_a_taken_port_ends_it_before_a_worker_is_started(server, processes, tiny
     assert run.err == f"error: 127.0.0.1:{port} can't be listened on: Address already in use; choose another --port\n"
 
 
+@pytest.mark.slow
 def test_keys_are_asked_for_where_there_is_a_key_file(serve, processes, tiny, tmp_path):
     made = processes.run("api-key", "new", "--name", "anna", "--file", "keys.toml")
     assert made.wait() == 0
@@ -234,6 +242,7 @@ def test_keys_are_asked_for_where_there_is_a_key_file(serve, processes, tiny, tm
     assert "the server refused (401): no API key" in chat.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv" / ".made-from-pyproject").exists(), reason="make venv was not run here")
 def test_make_serve_serves_until_ctrl_c(tiny, tmp_path):
     """As a person starts it; make passes Ctrl-C on and nothing is left."""

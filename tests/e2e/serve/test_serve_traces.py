@@ -59,6 +59,7 @@ def collector():
     server.stop(0).wait()
 
 
+@pytest.mark.slow
 def test_a_collector_gets_one_trace_of_a_request_and_one_of_the_loading_from_master_and_workers(serve, collector):
     server = serve("--served-model-name", "tiny", "--otlp-endpoint", collector.url)
     answer = httpx.post(
