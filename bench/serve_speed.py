@@ -338,11 +338,12 @@ class Bench:
     async def _overlap(self, _: set[str]) -> None:
         """Prompts alone, with as many steps in flight as the master chooses and with one."""
         sizes = self.sizes
-        single_file = replace(self.config, steps_in_flight=1)
+        config = replace(self.config, typical_prompt_tokens=sizes.prefill_tokens, typical_new_tokens=1)
+        single_file = replace(config, steps_in_flight=1)
         async with (
             pinned_workers() as some,
             pinned_workers() as others,
-            session_on(self.config, self.model, some) as chosen,
+            session_on(config, self.model, some) as chosen,
             session_on(single_file, self.model, others) as one,
         ):
             gains, rates, one_rates, steps = [], [], [], []

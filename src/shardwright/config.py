@@ -73,6 +73,8 @@ class MasterConfig:
     block_size: int = 16
     token_budget: int = 512  # most tokens that one step computes
     max_running: int = 64  # most sequences that hold KV blocks
+    typical_prompt_tokens: int = 512  # of a request: stages are balanced for such prompts,
+    typical_new_tokens: int = 128  # and for such answers
     max_waiting: int = 512  # most requests that wait for their first place; over it they are refused; 0: any number
     kv_tokens: int = 65536  # most KV positions, whatever memory there is
     steps_in_flight: int = 0  # 0: chosen from measurements
@@ -90,6 +92,8 @@ class MasterConfig:
         _check_range("block_size", self.block_size, 1, 1024)
         _check_range("token_budget", self.token_budget, 1, 1 << 20)
         _check_range("max_running", self.max_running, 1, 1 << 16)
+        _check_range("typical_prompt_tokens", self.typical_prompt_tokens, 0, 1 << 24)
+        _check_range("typical_new_tokens", self.typical_new_tokens, 1, 1 << 24)
         _check_range("max_waiting", self.max_waiting, 0, 1 << 20)
         _check_range("kv_tokens", self.kv_tokens, self.block_size, None)
         _check_range("steps_in_flight", self.steps_in_flight, 0, 1024)

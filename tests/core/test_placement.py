@@ -1,5 +1,6 @@
 """Placement against a brute force that tries everything, and the rules that it must keep."""
 
+import functools
 import itertools
 import time
 from dataclasses import replace
@@ -32,7 +33,7 @@ def model(layers, *, kv=None, embedding=0, head=0, tied=False):
     )
 
 
-def worker(name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, shared=0):
+def worker(name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, shared=0, matrix_rate=1e12):
     """A worker that reads `speed` bytes a second; on a host of its own unless told."""
     return WorkerCapacity(
         worker_id=name,
@@ -40,7 +41,7 @@ def worker(name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, 
         device=device,
         memory_bytes=memory,
         read_bandwidth=speed,
-        matrix_rate=1e12,
+        matrix_rate=matrix_rate,
         link_delay_s=link,
         shared_memory_bytes=shared,
     )
@@ -96,10 +97,19 @@ def rate(costs, limits, usable, chosen, bounds):
         on_device[device] = on_device.get(device, 0) + needed
         if on_device[device] > max(max(w.memory_bytes, w.shared_memory_bytes) for w in peers):
             return None
-        alone = streamed / max(w.read_bandwidth for w in peers)
-        bottleneck = max(bottleneck, alone * len(peers))
-        latency += alone + member.link_delay_s
+        step_s = functools.partial(byte_s, costs, peers)
+        head = streamed - sum(costs.layer_bytes[start:end])
+        decode_s = limits.new_tokens / limits.num_sequences * streamed * step_s(limits.num_sequences)
+        prefill_s = (streamed - head) * step_s(limits.prompt_tokens) if limits.prompt_tokens else 0.0
+        bottleneck = max(bottleneck, (prefill_s + decode_s) * len(peers))
+        latency += streamed * step_s(1) + member.link_delay_s
     return -len(chosen), bottleneck, latency
+
+
+def byte_s(costs, peers, num_tokens):
+    """Time for each byte that a step of so many tokens reads, on the device of these workers."""
+    arithmetic = 2 * num_tokens / costs.element_bytes / max(w.matrix_rate for w in peers)
+    return max(1 / max(w.read_bandwidth for w in peers), arithmetic)
 
 
 @st.composite
@@ -117,6 +127,7 @@ def cases(draw):
                 st.sampled_from([1.0, 2.0, 5.0]),
                 st.sampled_from("abc"),
                 st.sampled_from([0.0, 3.0]),
+                st.sampled_from([1e12, 4.0]),
             ),
             min_size=1,
             max_size=3,
@@ -125,28 +136,49 @@ def cases(draw):
     picks = draw(st.lists(st.integers(0, len(kinds) - 1), min_size=1, max_size=4))
     workers = []
     for index, pick in enumerate(picks):
-        memory, speed, host, link = kinds[pick]
+        memory, speed, host, link, matrix_rate = kinds[pick]
         shares_host = draw(st.booleans())
         shared = draw(st.sampled_from([0, 0, 200]))
         name = f"w{index}"
-        workers.append(worker(name, memory, speed=speed, host=host if shares_host else None, link=link, shared=shared))
+        home = host if shares_host else None
+        workers.append(worker(name, memory, speed=speed, host=home, link=link, shared=shared, matrix_rate=matrix_rate))
     return costs, workers
 
 
+WORKLOADS = [
+    SMALL,
+    replace(SMALL, prompt_tokens=3, new_tokens=2),
+    replace(SMALL, prompt_tokens=64, new_tokens=16, num_sequences=4),
+]
+
+
 @settings(max_examples=400, deadline=None)
-@given(cases())
-def test_no_other_placement_is_better(case):
+@given(cases(), st.sampled_from(WORKLOADS))
+def test_no_other_placement_is_better(case, limits):
     """Stages, bottleneck and latency equal those of the best of all placements; where none fits, it says so."""
     costs, workers = case
-    best = brute_force(costs, workers, SMALL)
+    best = brute_force(costs, workers, limits)
     if best is None:
         with pytest.raises(PlacementError, match="Add a worker with at least"):
-            place(costs, workers, SMALL)
+            place(costs, workers, limits)
         return
-    plan = place(costs, workers, SMALL)
+    plan = place(costs, workers, limits)
     assert plan.is_exact
-    assert (-len(plan.stages), plan.bottleneck_s, plan.latency_s) == pytest.approx(best)
+    assert value(plan, costs, workers, limits) == pytest.approx(best)
     check(plan, costs, workers)
+
+
+def value(plan, costs, workers, limits):
+    """What `rate` says of a plan; what the plan says of itself is the same where steps are what counts."""
+    by_id = {w.worker_id: w for w in workers}
+    least = min(stage_cost(costs, limits, i, i + 1)[2] for i in range(costs.num_layers))
+    bounds = [0, *(stage.layers.end for stage in plan.stages)]
+    usable = [w for w in workers if w.memory_bytes >= least]
+    found = rate(costs, limits, usable, [by_id[stage.worker_id] for stage in plan.stages], bounds)
+    if limits is SMALL:
+        assert (-len(plan.stages), plan.bottleneck_s, plan.latency_s) == pytest.approx(found)
+    assert plan.latency_s == pytest.approx(found[2])
+    return found
 
 
 @pytest.mark.parametrize("cut_limit", [100_000, 0])
@@ -168,6 +200,16 @@ def test_what_is_found_without_trying_every_order_fits_and_is_never_better(cut_l
     assert (-len(plan.stages), plan.bottleneck_s * (1 + 1e-9)) >= best[:2]
 
 
+def test_the_longer_the_prompts_the_more_layers_beside_the_head():
+    """A prompt needs the head once, an answer for each token: 20 layers and a head of ten over two equal workers."""
+    costs, workers = model([10] * 20, head=100), [worker("a", matrix_rate=4.0), worker("b", matrix_rate=4.0)]
+    ends = [
+        place(costs, workers, replace(SMALL, prompt_tokens=prompt, new_tokens=16, num_sequences=4)).stages[0].layers.end
+        for prompt in (0, 16, 64, 1024)
+    ]
+    assert ends == [15, 12, 11, 10]  # the head counts like 10, 5, 2 and 0.15 layers
+
+
 def check(plan, costs, workers):
     """What holds for every placement: all layers once, in order, nobody twice, all memory within bounds."""
     by_id = {w.worker_id: w for w in workers}
@@ -184,7 +226,7 @@ def check(plan, costs, workers):
         member = by_id[stage.worker_id]
         used = stage.weight_bytes + stage.kv_bytes + SMALL.workspace_bytes
         assert stage.weight_bytes == held
-        assert stage.step_s <= streamed / member.read_bandwidth * (1 + 1e-9)
+        assert stage.step_s <= streamed * byte_s(costs, [member], 1) * (1 + 1e-9)
         assert used <= member.memory_bytes
         devices[member.host_id] = devices.get(member.host_id, 0) + used
     for host, used in devices.items():

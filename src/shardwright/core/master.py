@@ -91,6 +91,9 @@ class MasterState:
             max_kv_tokens=settings.max_kv_tokens + probe_tokens,
             min_kv_tokens=min(settings.min_kv_tokens, settings.max_kv_tokens) + probe_tokens,
             workspace_bytes=settings.workspace_bytes,
+            prompt_tokens=settings.typical_prompt_tokens,
+            new_tokens=settings.typical_new_tokens,
+            num_sequences=settings.typical_num_sequences,
         )
         self._cluster = Cluster(heartbeat_timeout_s=settings.heartbeat_timeout_s)
         self._scheduler = Scheduler(settings, max_context=costs.max_context)

@@ -11,7 +11,10 @@ What a stage costs.
   step time  one token of one sequence: weights streamed once, limited by bandwidth or by arithmetic (two operations
              for each weight), whichever is slower. The embedding is a lookup and costs no time. The head does.
   latency    all stages' step times and their workers' link delays: one step, alone in the pipeline
-  bottleneck the longest time that a stage needs its share of a device for a step, with the pipeline full
+  bottleneck the longest time that a stage needs its share of a device for a typical request, with the pipeline full:
+             the settings' `prompt_tokens` together, and `new_tokens` decode steps that it shares with others. All
+             tokens go through the layers; the head is read for decode steps alone, so that the longer the prompts, the
+             more layers the last stage gets
 
 Workers that share a device (same `host_id` and `device`: the CPU of one machine, one GPU given to two workers).
 Their memory is one: what they hold together must fit in the device's (`shared_memory_bytes`, or the largest
@@ -30,7 +33,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwright.core.placement_costs import PlacementSettings, StageWeights, seconds_per_byte
+from shardwright.core.placement_costs import (
+    PlacementSettings,
+    StageWeights,
+    request_seconds_per_byte,
+    seconds_per_byte,
+)
 from shardwright.core.placement_search import ATTO, Candidate, Found, find_best, latency
 from shardwright.errors import PlacementError
 from shardwright.types import LayerRange, ModelCosts, WorkerCapacity, WorkerId
@@ -69,7 +77,7 @@ class Placement:
 
     stages: tuple[PlannedStage, ...]
     num_blocks: int
-    bottleneck_s: float  # predicted time between two steps, with the pipeline full
+    bottleneck_s: float  # predicted time between two decode steps, with the pipeline full
     latency_s: float  # predicted time of one step through all stages and links
     left_out: tuple[LeftOut, ...]
     is_exact: bool  # False: the order of the workers was fixed, see above; the cut is the best for that order
@@ -127,14 +135,18 @@ def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple
         key = (worker.host_id, worker.device)
         bandwidth = max(w.read_bandwidth for w in groups[key])
         matrix_rate = max(w.matrix_rate for w in groups[key])
-        byte_s = seconds_per_byte(
-            read_bandwidth=bandwidth, matrix_rate=matrix_rate, element_bytes=weights.costs.element_bytes
+        element_bytes = weights.costs.element_bytes
+        byte_s = seconds_per_byte(read_bandwidth=bandwidth, matrix_rate=matrix_rate, element_bytes=element_bytes)
+        layer_s, head_s = request_seconds_per_byte(
+            weights.settings, read_bandwidth=bandwidth, matrix_rate=matrix_rate, element_bytes=element_bytes
         )
         found.append(
             Candidate(
                 order=order,
                 capacity=worker,
                 atto_per_byte=max(round(byte_s * ATTO), 1),
+                pace_per_byte=max(round(layer_s * ATTO), 1),
+                pace_per_head_byte=max(round(head_s * ATTO), 1),
                 atto_link=round(worker.link_delay_s * ATTO),
                 sharing=len(groups[key]),
                 device_limit=limits[key],
@@ -163,7 +175,9 @@ def _describe(
                 step_s=alone / ATTO,
                 is_first=start == 0,
                 is_last=end == weights.num_layers,
-                reason=_reason(weights, worker, start, end, is_slowest=alone * worker.sharing == found.bottleneck),
+                reason=_reason(
+                    weights, worker, start, end, is_slowest=worker.share(weights, start, end) == found.bottleneck
+                ),
             )
         )
     used = {worker.order for worker, _, _ in found.stages}
@@ -173,7 +187,7 @@ def _describe(
     return Placement(
         stages=tuple(stages),
         num_blocks=num_blocks,
-        bottleneck_s=found.bottleneck / ATTO,
+        bottleneck_s=max(weights.streamed(a, b) * w.atto_per_byte * w.sharing for w, a, b in found.stages) / ATTO,
         latency_s=latency(weights, found) / ATTO,
         left_out=(*left_out, *unused),
         is_exact=found.is_exact,
@@ -249,6 +263,8 @@ def _enough(weights: StageWeights, usable: Sequence[Candidate]) -> int:
             order=-1,
             capacity=replace(fastest, memory_bytes=memory),
             atto_per_byte=1,
+            pace_per_byte=1,
+            pace_per_head_byte=1,
             atto_link=0,
             sharing=1,
             device_limit=memory,

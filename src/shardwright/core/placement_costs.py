@@ -18,11 +18,18 @@ class PlacementSettings:
     max_kv_tokens: int = 65536  # most KV positions, whatever memory there is
     min_kv_tokens: int = 1024  # KV headroom: a placement with room for fewer positions is refused
     workspace_bytes: int = 128 * _MIB  # kept free on each worker for activations
+    # The request that stages are balanced for; by default one decode step of one sequence.
+    prompt_tokens: float = 0.0
+    new_tokens: float = 1.0
+    num_sequences: int = 1  # that a decode step carries
 
     def __post_init__(self) -> None:
         assert self.block_size >= 1, f"block_size is {self.block_size}"
         assert 1 <= self.min_kv_tokens <= self.max_kv_tokens, f"{self.min_kv_tokens=} {self.max_kv_tokens=}"
         assert self.workspace_bytes >= 0, f"workspace_bytes is {self.workspace_bytes}"
+        assert self.prompt_tokens >= 0, f"prompt_tokens is {self.prompt_tokens}"
+        assert self.new_tokens > 0, f"new_tokens is {self.new_tokens}"
+        assert self.num_sequences >= 1, f"num_sequences is {self.num_sequences}"
 
     @property
     def min_blocks(self) -> int:
@@ -44,6 +51,25 @@ def seconds_per_byte(
     Waterman, Patterson: Roofline, CACM 52(4), 2009) with the weights as the only traffic.
     """
     return max(1 / read_bandwidth, 2 * num_tokens / element_bytes / matrix_rate)
+
+
+def request_seconds_per_byte(
+    settings: PlacementSettings, *, read_bandwidth: float, matrix_rate: float, element_bytes: int
+) -> tuple[float, float]:
+    """Time that the settings' request takes a stage for each byte of its layers, and of the head.
+
+    All of its tokens go through the layers, its prompt's together. Of the prompt only the last token needs the head,
+    which one of the decode steps stands for here. Of a decode step's time the request has its part.
+    """
+
+    def step_s(num_tokens: float) -> float:
+        return seconds_per_byte(
+            read_bandwidth=read_bandwidth, matrix_rate=matrix_rate, element_bytes=element_bytes, num_tokens=num_tokens
+        )
+
+    decode_s = settings.new_tokens / settings.num_sequences * step_s(settings.num_sequences)
+    prefill_s = step_s(settings.prompt_tokens) if settings.prompt_tokens else 0.0
+    return prefill_s + decode_s, decode_s
 
 
 class StageWeights:

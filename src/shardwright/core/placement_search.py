@@ -37,7 +37,9 @@ class Candidate:
 
     order: int  # in the input
     capacity: WorkerCapacity
-    atto_per_byte: int  # alone
+    atto_per_byte: int  # of a decode step, alone
+    pace_per_byte: int  # of the request that stages are balanced for: of the layers, alone, in attoseconds
+    pace_per_head_byte: int  # and of the head; at most that of the layers
     atto_link: int
     sharing: int  # usable workers on its device, itself included
     device_limit: int  # memory of that device
@@ -47,7 +49,15 @@ class Candidate:
     def kind(self) -> tuple[int, ...]:
         """All that the search reads of a worker."""
         memory = self.capacity.memory_bytes
-        return (memory, self.atto_per_byte, self.atto_link, self.sharing, self.device_limit, self.tracked)
+        times = (self.atto_per_byte, self.pace_per_byte, self.pace_per_head_byte, self.atto_link)
+        return (memory, *times, self.sharing, self.device_limit, self.tracked)
+
+    def share(self, weights: StageWeights, start: int, end: int) -> int:
+        """The stage's time towards the bottleneck: the request's, on its share of the device, in attoseconds."""
+        alone = weights.of_layers(start, end) * self.pace_per_byte
+        if end == weights.num_layers:
+            alone += weights.costs.head_bytes * self.pace_per_head_byte
+        return alone * self.sharing
 
 
 _Value: TypeAlias = tuple[int, int, int]
@@ -112,9 +122,13 @@ class _Search:
         self._memo: dict[_State, tuple[_Value, _Choice | None] | None] = {}
         # Layer bytes that the workers from each position of a queue on can read in one attosecond, devices shared.
         self._speeds = [
-            [*accumulate((1 / (w.atto_per_byte * w.sharing) for w in reversed(queue)), initial=0.0)][::-1]
+            [*accumulate((1 / (w.pace_per_byte * w.sharing) for w in reversed(queue)), initial=0.0)][::-1]
             for queue in queues
         ]
+        # The head as layer bytes of the same time, at the least.
+        self._head_bytes = weights.costs.head_bytes * min(
+            (w.pace_per_head_byte / w.pace_per_byte for queue in queues for w in queue), default=1.0
+        )
         self._transitions = 0
         self._wants_bottleneck = True
 
@@ -160,7 +174,8 @@ class _Search:
         if state in self._memo:
             return self._memo[state]
         speed = sum(speeds[position] for speeds, position in zip(self._speeds, taken, strict=True))
-        if self._weights.streamed(layer, num_layers) > self._cap * speed * (1 + 1e-9):  # room for float's rounding
+        bytes_left = self._weights.of_layers(layer, num_layers) + self._head_bytes
+        if bytes_left > self._cap * speed * (1 + 1e-9):  # room for float's rounding
             return None  # not even layers divided at will would keep below the cap
         last_end = num_layers
         first_end = layer + 1
@@ -215,7 +230,7 @@ class _Search:
             for end in range(start + 1, self._weights.num_layers + 1):
                 need = self._weights.needed(start, end)
                 alone = self._weights.streamed(start, end) * worker.atto_per_byte
-                share = alone * worker.sharing
+                share = worker.share(self._weights, start, end)
                 if need > worker.capacity.memory_bytes or share > self._cap:
                     break  # one more layer never makes a stage smaller or faster
                 options.append((end, share, alone + worker.atto_link, need))
@@ -261,8 +276,8 @@ def _best_of_fixed_orders(weights: StageWeights, workers: Sequence[Candidate]) -
     """The best of four orders of the workers, each cut exactly."""
     orders = [
         list(workers),
-        sorted(workers, key=lambda w: -w.atto_per_byte * w.sharing),
-        sorted(workers, key=lambda w: w.atto_per_byte * w.sharing),
+        sorted(workers, key=lambda w: -w.pace_per_byte * w.sharing),
+        sorted(workers, key=lambda w: w.pace_per_byte * w.sharing),
         sorted(workers, key=lambda w: -w.capacity.memory_bytes),
     ]
     most = min(len(workers), weights.num_layers)
@@ -310,8 +325,8 @@ def _cut_into(weights: StageWeights, order: Sequence[Candidate], num_stages: int
 
 def _likely_cap(weights: StageWeights, workers: Sequence[Candidate]) -> int:
     """Twice the bottleneck that there would be if layers could be divided at will, each worker having at least one."""
-    speed = sum(1 / (w.atto_per_byte * w.sharing) for w in workers)
-    one_layer = max(weights.costs.layer_bytes) * max(w.atto_per_byte * w.sharing for w in workers)
+    speed = sum(1 / (w.pace_per_byte * w.sharing) for w in workers)
+    one_layer = max(weights.costs.layer_bytes) * max(w.pace_per_byte * w.sharing for w in workers)
     return 2 * max(round(weights.streamed(0, weights.num_layers) / speed), one_layer)
 
 

@@ -21,6 +21,10 @@ class CoreSettings:
     max_kv_tokens: int = 65536  # most KV positions, whatever memory there is
     min_kv_tokens: int = 1024  # a placement that leaves room for fewer is refused (where max_kv_tokens allows as many)
     workspace_bytes: int = 128 * 1024**2  # kept free on each worker for activations
+    # The request that stages are balanced for; by default one decode step of one sequence.
+    typical_prompt_tokens: int = 0
+    typical_new_tokens: int = 1
+    typical_num_sequences: int = 1  # that a decode step carries
     prefix_cache: bool = True  # reuse the KV blocks of equal prefixes
     max_steps_in_flight: int | None = None  # None: chosen from measured step times and link delays
     heartbeat_timeout_s: float = 10.0  # a worker that was heard once and is silent for longer is lost
@@ -42,6 +46,8 @@ class CoreSettings:
             "max_kv_tokens",
             "min_kv_tokens",
             "max_steps_in_flight",
+            "typical_new_tokens",
+            "typical_num_sequences",
             "first_epoch",
         ):
             value = getattr(self, name)
@@ -53,6 +59,6 @@ class CoreSettings:
                 raise ConfigError(f"{name} is {value}; it must be above 0 seconds")
         if not self.max_gap_ratio > 1:
             raise ConfigError(f"max_gap_ratio is {self.max_gap_ratio}; it must be above 1")
-        for name in ("max_redeploys", "workspace_bytes"):
+        for name in ("max_redeploys", "workspace_bytes", "typical_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")

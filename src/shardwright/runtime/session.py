@@ -233,6 +233,9 @@ def placement_settings(config: MasterConfig, costs: ModelCosts) -> PlacementSett
         block_size=config.block_size,
         max_kv_tokens=config.kv_tokens,
         min_kv_tokens=min_kv_tokens(config, costs),
+        prompt_tokens=config.typical_prompt_tokens,
+        new_tokens=config.typical_new_tokens,
+        num_sequences=TYPICAL_NUM_SEQUENCES,
     )
 
 
@@ -240,6 +243,9 @@ def min_kv_tokens(config: MasterConfig, costs: ModelCosts) -> int:
     """KV positions that a placement must leave room for."""
     return min(config.kv_tokens, costs.max_context, MIN_KV_TOKENS)
 
+
+TYPICAL_NUM_SEQUENCES = 8
+"""Sequences of a decode step that stages are balanced for."""
 
 MIN_KV_TOKENS = 512
 """KV positions that a placement must leave room for; below that a model can hardly answer anything."""
@@ -450,6 +456,9 @@ def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -
         block_size=config.block_size,
         max_kv_tokens=config.kv_tokens,
         min_kv_tokens=min_kv_tokens(config, costs),
+        typical_prompt_tokens=config.typical_prompt_tokens,
+        typical_new_tokens=config.typical_new_tokens,
+        typical_num_sequences=TYPICAL_NUM_SEQUENCES,
         token_budget=config.token_budget,
         max_running=config.max_running,
         max_waiting=config.max_waiting or None,
