@@ -141,7 +141,9 @@ async def test_after_the_probe_a_stage_is_predicted_as_it_was_timed_and_the_mode
             told = step.seconds if step.sampled_s is None else step.sampled_s
             worker = speeds[stage.worker_id]
             predicted = stage_seconds(weights, worker, stage.start, stage.end, load=step.load)
-            assert predicted.compute_s == pytest.approx(told)
+            # on a busy machine more sequences may take less time than fewer; no part of a prediction is below zero then
+            is_clipped = predicted.overhead_s == 0 or (step.sampled_s is not None and predicted.head_s == 0)
+            assert predicted.compute_s == pytest.approx(told) or (is_clipped and predicted.compute_s > told)
 
 
 async def test_workers_that_serve_another_master_are_left_in_peace(whole, tmp_path):
