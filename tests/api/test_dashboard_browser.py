@@ -319,6 +319,7 @@ def test_axe_finds_nothing_serious_and_nothing_sticks_out(shown, options):
     server, page = shown(engine, bypass_csp=True, **options)
     page.click("#step-table-box summary")
     page.click("#chat .parameters summary")
+    expect(page.locator("#link-state")).to_have_text("live")  # before, the page knows no model to ask
     page.fill("#chat-input", "hello")
     page.press("#chat-input", "Enter")
     page.locator("#request-table tbody button").nth(3).click()
