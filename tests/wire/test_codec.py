@@ -184,6 +184,7 @@ def assignments(draw):
         num_blocks=draw(st.integers(1, 2**31)),
         block_size=draw(st.integers(1, 1024)),
         next_worker_id=None if index == num_stages - 1 else draw(short),
+        offloaded_layers=tuple(sorted(draw(st.sets(st.integers(start, start))))),
     )
 
 
@@ -247,6 +248,9 @@ descriptions = st.builds(
     matrix_rate=figure,
     num_threads=st.integers(0, 2**32 - 1),
     metrics_port=st.integers(0, 65535),
+    offload=st.sampled_from(["", "cpu", "nvme"]),
+    offload_bytes=u64,
+    offload_bandwidth=figure,
 )
 
 
@@ -295,6 +299,9 @@ reports = st.builds(
     gpu_power_w=st.none() | figure,
     clock_received_s=figure,
     clock_sent_s=figure,
+    offloaded_bytes=u64,
+    offload_read_bytes=u64,
+    offload_wait_s=figure,
     weight_bytes=u64,
     kv_bytes=u64,
     traces=tuples_of(traces(), max_size=3),
