@@ -832,6 +832,21 @@ def test_a_ping_or_measurement_out_of_range_is_refused(decode, message, complain
         decode(message.SerializeToString())
 
 
+def test_an_offload_tier_that_nobody_knows_is_refused():
+    message = pb.WorkerDescription(device="cpu", offload="tape")
+    with pytest.raises(ProtocolError, match="offload is 'tape'; known: cpu, nvme"):
+        report_codec.decode_description(message.SerializeToString())
+
+
+@pytest.mark.parametrize("layers", [(1,), (5,), (3, 3), (4, 3)])
+def test_offloaded_layers_that_are_not_of_the_stage_are_refused(layers):
+    message = pb.StageAssignment(
+        worker_id="w", num_stages=1, first_layer=2, end_layer=5, num_blocks=1, block_size=1, offloaded_layers=layers
+    )
+    with pytest.raises(ProtocolError, match=r"offloaded_layers: \[.*\] are not some of the layers 2 to 4"):
+        load_codec._read_assignment(message)
+
+
 def test_a_metrics_port_that_is_none_is_refused():
     message = pb.WorkerDescription(device="cpu", metrics_port=65536)
     with pytest.raises(ProtocolError, match="metrics_port is 65536"):

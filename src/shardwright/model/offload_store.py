@@ -122,7 +122,7 @@ class DiskStore:
                 done += os.pwrite(self._file, view[done : done + _PIECE_BYTES], self._end + done)
             if not self.is_direct:
                 os.fsync(self._file)
-                self._forget(self._end, len(view))
+            self._forget(self._end, len(view))
         except OSError as exc:
             raise self._trouble(f"layer {layer} can't be written", exc) from exc
         self._places[layer] = (self._end, len(view))
@@ -143,13 +143,12 @@ class DiskStore:
 
         try:
             list(self._readers.map(piece, range(0, length, _PIECE_BYTES)))
-            if not self.is_direct:
-                self._forget(offset, length)
+            self._forget(offset, length)
         except OSError as exc:
             raise self._trouble(f"layer {layer} can't be read back", exc) from exc
 
     def _forget(self, offset: int, length: int) -> None:
-        """Drop what was read or written from the page cache."""
+        """Drop what was read or written from the page cache; some file systems use it for direct reads all the same."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, offset, length, os.POSIX_FADV_DONTNEED)
 

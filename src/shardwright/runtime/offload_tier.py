@@ -69,7 +69,7 @@ def _measure_disk(folder: Path) -> float:
         data = aligned_buffer(PROBE_BYTES)
         data.view(torch.int64).random_()  # a file system that compresses has nothing to gain from it
         store.write(0, data)
-        if not store.is_direct and cached_part(store.fileno(), PROBE_BYTES) > 0.25:
+        if cached_part(store.fileno(), PROBE_BYTES) > 0.25:
             raise ConfigError(
                 f"offload is 'nvme', but {folder} lies in memory, which gains nothing; choose a --cache-dir on a disk"
             )
