@@ -91,24 +91,23 @@ def build_stage(
 
     try:
         load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
-        offloaded = None if offloading is None else offloading.start()
+        return Stage(
+            model=model,
+            plan=plan,
+            layers=layers,
+            is_first=is_first,
+            is_last=is_last,
+            dtype=torch_dtype,
+            device=torch_device,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
+            offloaded=None if offloading is None else offloading.start(),
+        )
     except BaseException:
         if offloading is not None:
             offloading.close()
         raise
-    return Stage(
-        model=model,
-        plan=plan,
-        layers=layers,
-        is_first=is_first,
-        is_last=is_last,
-        dtype=torch_dtype,
-        device=torch_device,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
-        offloaded=offloaded,
-    )
 
 
 class _Offloading:

@@ -24,6 +24,25 @@ def test_greedy_tokens_on_a_gpu_are_the_whole_models(family, make_whole):
         assert lab.serve(split, lab.RAGGED, seed=num_stages) == expected, f"{num_stages} stages"
 
 
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("family", ["gemma2", "llama", "mixtral"])
+def test_greedy_tokens_on_a_gpu_with_offloaded_layers_are_the_whole_models(family, tier, make_whole, tmp_path):
+    whole = make_whole(family)
+    expected = lab.whole_answers(whole.model, lab.RAGGED)
+    for step in (1, 2):
+        split = lab.SplitModel(
+            whole.folder,
+            1,
+            device="cuda",
+            offload=lambda layers, step=step: lab.OffloadPlan(
+                layers=tuple(range(layers.start, layers.end, step)), tier=tier, folder=tmp_path
+            ),
+        )
+        assert lab.serve(split, lab.RAGGED) == expected, f"every layer of {step}"
+        for stage in split.stages:
+            stage.close()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_on_a_gpu(dtype, make_whole):
     whole = make_whole("llama", dtype=getattr(torch, dtype))

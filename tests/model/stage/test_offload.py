@@ -136,6 +136,23 @@ def test_a_disk_that_runs_full_while_a_stage_is_loaded_is_told_and_leaves_nothin
     assert open_weight_files() == []
 
 
+def test_a_stage_that_is_given_up_while_it_is_loaded_leaves_nothing(make_whole, tmp_path):
+    folder = make_whole("llama").folder
+
+    def progress(num_bytes):
+        if num_bytes > 100_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.build_stage(
+            config_json=(folder / "config.json").read_text(), layers=lab.LayerRange(0, 5), is_first=True, is_last=True,
+            dtype="float32", device="cpu", num_blocks=4, block_size=4, raw=lab.MemoryTensors.of_folder(folder),
+            progress=progress, offload=all_layers(tmp_path)(lab.LayerRange(0, 5)),
+        )  # fmt: skip
+    assert open_weight_files() == []
+    assert offload_threads() == []
+
+
 def test_a_folder_that_can_not_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OffloadError, match="Not a directory; choose another --cache-dir"):
