@@ -22,6 +22,7 @@ GIB = 1024 * MIB
 
 DEFAULT_PORT = 50051
 DEFAULT_MODEL = "google/gemma-2b"
+OFFLOAD_CHOICES = ("none", "cpu", "nvme")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -39,6 +40,7 @@ class WorkerConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     threads: int = 0  # 0: every core that this process may use
     memory_bytes: int = 0  # most for weights and KV; 0: what the device has free
+    offload: str = "none"  # where weights go that the memory can't hold: cpu (beside a GPU), nvme (in `cache_dir`)
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
     cache_limit_bytes: int = 50 * GIB
     max_frame_bytes: int = 256 * MIB  # largest tensor that a peer may send
@@ -53,6 +55,8 @@ class WorkerConfig:
                 raise ConfigError(f"metrics_port is {self.metrics_port}, and so is port; choose two different ones")
         _check_range("threads", self.threads, 0, 1024)
         _check_range("memory_bytes", self.memory_bytes, 0, None)
+        if self.offload not in OFFLOAD_CHOICES:
+            raise ConfigError(f"offload is {self.offload!r}; choose one of {', '.join(OFFLOAD_CHOICES)}")
         _check_range("cache_limit_bytes", self.cache_limit_bytes, 0, None)
         _check_range("max_frame_bytes", self.max_frame_bytes, 1, None)
         _check_endpoint(self.otlp_endpoint)

@@ -19,6 +19,7 @@
     │   ├── WorkerLostError
     │   ├── VersionMismatchError
     │   ├── StageLoadError
+    │   ├── OffloadError                weights beside a worker's memory can't be written or read back
     │   ├── LinkLostError
     │   ├── AddressInUseError
     │   └── HttpServerError             an OpenAI-compatible server can't be reached, or refuses
@@ -120,6 +121,10 @@ class VersionMismatchError(ClusterError):
 
 class StageLoadError(ClusterError):
     """A worker could not build its stage."""
+
+
+class OffloadError(ClusterError):
+    """Weights that a worker keeps beside its memory could not be written, or not be read back."""
 
 
 class LinkLostError(ClusterError):

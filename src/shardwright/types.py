@@ -26,6 +26,12 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 64 * 1024
 
+OFFLOADS = ("cpu", "nvme")
+"""Where a worker may keep weights that its memory can't hold: the host's pinned memory under a GPU, or a disk."""
+
+OFFLOAD_BUFFERS = 2
+"""Layers that a stage with offloaded ones has buffers for: one computes while the next one's weights are read."""
+
 VOCABULARY_TENSOR = "shardwright.vocabulary"
 """The name under which a last stage gets the bytes of the model's tokens, as one more tensor of dtype U8; see
 `model/vocabulary.py`. It is absent for a model without a tokenizer: such a one can't follow grammars.
@@ -310,6 +316,9 @@ class WorkerCapacity:
     matrix_rate: float  # floating-point operations/s in the compute dtype
     link_delay_s: float = 0.0  # one way, from the previous stage or the master
     shared_memory_bytes: int = 0  # what all workers on this host's device may use together; 0: the largest of theirs
+    offload: str = ""  # where it can keep weights beside its memory: one of `OFFLOADS`; empty: nowhere
+    offload_bytes: int = 0  # that it can keep there; workers of one host share its disk
+    offload_bandwidth: float = 0.0  # bytes/s that they come from there with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +334,7 @@ class StageAssignment:
     block_size: int
     next_worker_id: WorkerId | None  # None on the last stage
     num_sharing: int = 1  # stages of this pipeline on the same host and device, this one included
+    offloaded_layers: tuple[int, ...] = ()  # rising; their weights are kept in the worker's offload tier
 
     @property
     def is_first(self) -> bool:
@@ -397,6 +407,9 @@ class WorkerDescription:
     shared_memory_bytes: int = 0  # what all workers on its device may use together now; 0: not told
     in_use: bool = False  # a master or another stage has a stream open to it
     metrics_port: int = 0  # where it answers Prometheus; 0: nowhere
+    offload: str = ""  # where it was told to keep weights that its memory can't hold; empty: nowhere
+    offload_bytes: int = 0  # room for them there now
+    offload_bandwidth: float = 0.0  # bytes/s, measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,6 +511,9 @@ class HeartbeatReport:
     link: LinkReport | None = None  # None on the last stage, and without a stage
     errors: tuple[tuple[str, int], ...] = ()  # by kind (the error class's name), since the process began
     loaded_bytes: tuple[tuple[str, int], ...] = ()  # weights by source (disk, cache, network), since the process began
+    offloaded_bytes: int = 0  # of weights that are not in memory but in the worker's offload tier
+    offload_read_bytes: int = 0  # read back from there, since the process began
+    offload_wait_s: float = 0.0  # that steps waited for it, since the process began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

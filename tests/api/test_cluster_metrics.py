@@ -111,6 +111,8 @@ def test_values_are_those_of_the_view(seen):
         ("master_round_trip_seconds", "desk"): 0.0006,
         ("weights_loaded_bytes_total", "cache", "rack-1"): 300 * MIB,
         ("weights_loaded_bytes_total", "disk", "desk"): 1600 * MIB,
+        ("offload_read_bytes_total", "rack-1"): 240_000 * MIB,
+        ("offload_wait_seconds_total", "rack-1"): 12.5,
         ("stage_busy_ratio", "rack-1"): 0.5,
         ("stage_busy_seconds_total", "rack-1"): 30,
         ("stage_steps_total", "desk"): 400,

@@ -44,5 +44,9 @@ def test_generate_takes_every_flag_of_a_model():
 def test_worker_flags_become_the_local_workers_command_line(tmp_path):
     flags = ModelFlags(local_workers=2, device="cpu", threads=0, cache_dir=tmp_path)
     assert flags.worker_options() == ["--device", "cpu", "--threads", "0", "--cache-dir", str(tmp_path)]
+    flags = ModelFlags(local_workers=1, offload="nvme", memory_gib=0.5)
+    assert flags.worker_options() == ["--memory-gib", "0.5", "--offload", "nvme"]
+    with pytest.raises(ConfigError, match=r"--offload is for --local-workers; .*: shardwright worker --offload nvme"):
+        ModelFlags(offload="nvme").worker_options()
     with pytest.raises(ConfigError, match=r"--threads is for --local-workers; .*: shardwright worker --threads 2"):
         ModelFlags(threads=2).worker_options()

@@ -58,6 +58,26 @@ def test_a_plan_as_json_covers_every_layer_once(run_cli, planned):
     assert sum(stage["weight_bytes"] for stage in stages) == 8 * 2**20
 
 
+def test_a_plan_shows_what_is_offloaded_and_what_that_costs(run_cli, planned, monkeypatch):
+    capacity = WorkerCapacity(
+        worker_id="small", host_id="h", device="cpu", memory_bytes=21 * 2**18, read_bandwidth=1e10, matrix_rate=1e11,
+        offload="nvme", offload_bytes=2**30, offload_bandwidth=2**30,
+    )  # fmt: skip
+    limits = PlacementSettings(workspace_bytes=0, min_kv_tokens=16, max_kv_tokens=64)
+
+    async def fake(config, *, local_workers, worker_options):
+        return MODEL, place(COSTS, [capacity], limits)
+
+    monkeypatch.setattr(plan_module, "_plan", fake)
+    out = run_cli("plan", "--model", "toy").out
+    assert "offloaded MiB" in out
+    assert "of its 6 layers" in out
+    assert "on disk, since no placement fits in memory alone" in out
+    assert "each step reads them at 1.07 GB/s" in out
+    (stage,) = json.loads(run_cli("plan", "--json").out)["stages"]
+    assert stage["offloaded_bytes"] == len(stage["offloaded_layers"]) * 2**20 > 0
+
+
 def test_a_plan_without_workers_says_what_to_do(run_cli, tmp_path):
     outcome = run_cli("plan", "--model", tmp_path / "none")
     assert outcome.code == 2

@@ -33,7 +33,9 @@ def model(layers, *, kv=None, embedding=0, head=0, tied=False):
     )
 
 
-def worker(name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, shared=0, matrix_rate=1e12):
+def worker(
+    name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, shared=0, matrix_rate=1e12, offload=(0, 0.0)
+):
     """A worker that reads `speed` bytes a second; on a host of its own unless told."""
     return WorkerCapacity(
         worker_id=name,
@@ -44,6 +46,9 @@ def worker(name, memory=10**6, *, speed=1.0, host=None, device="cpu", link=0.0, 
         matrix_rate=matrix_rate,
         link_delay_s=link,
         shared_memory_bytes=shared,
+        offload="nvme" if offload[0] else "",
+        offload_bytes=offload[0],
+        offload_bandwidth=offload[1],
     )
 
 
@@ -70,7 +75,14 @@ def stage_cost(costs, limits, start, end):
 
 
 def brute_force(costs, workers, limits):
-    """The best (-stages, bottleneck, latency) of every order of every subset and every cut; None if nothing fits."""
+    """The best (-stages, bottleneck, latency) of every order of every subset and every cut; None if nothing fits.
+
+    Only where nothing fits in memory alone, what workers may keep beside it is used.
+    """
+    return try_all(costs, workers, limits, offloading=False) or try_all(costs, workers, limits, offloading=True)
+
+
+def try_all(costs, workers, limits, *, offloading):
     num_layers = costs.num_layers
     least = min(stage_cost(costs, limits, i, i + 1)[2] for i in range(num_layers))
     usable = [w for w in workers if w.memory_bytes >= least]
@@ -79,30 +91,64 @@ def brute_force(costs, workers, limits):
         for chosen in itertools.permutations(usable, count):
             for inner in itertools.combinations(range(1, num_layers), count - 1):
                 bounds = (0, *inner, num_layers)
-                value = rate(costs, limits, usable, chosen, bounds)
+                value = rate(costs, limits, usable, chosen, bounds, offloading=offloading)
                 if value is not None and (best is None or value < best):
                     best = value
     return best
 
 
-def rate(costs, limits, usable, chosen, bounds):
+def elsewhere(costs, limits, stage, memory, room):
+    """Bytes of a stage that have to be kept beside that much memory: 0 if none; None if it fits in no way.
+
+    `room` is for them; None: nothing can be kept elsewhere. Of n layers the fewest k, of which the i-th is one if
+    floor((i + 1) k / n) is above floor(i k / n), that make room for the rest and for two of the largest layer.
+    """
+    _, _, needed = stage_cost(costs, limits, *stage)
+    if needed <= memory:
+        return 0
+    if room is None:
+        return None
+    layers = costs.layer_bytes[slice(*stage)]
+    count = len(layers)
+    for number in range(1, count + 1):
+        moved = [layers[i] for i in range(count) if (i + 1) * number // count > i * number // count]
+        if needed - sum(moved) + 2 * max(layers) <= memory:
+            return sum(moved) if sum(moved) <= room else None
+    return None
+
+
+def rate(costs, limits, usable, chosen, bounds, *, offloading=False):
     """The value of one placement, or None if it does not fit."""
     on_device, bottleneck, latency = {}, 0.0, 0.0
     for member, start, end in zip(chosen, bounds[:-1], bounds[1:], strict=True):
         _, streamed, needed = stage_cost(costs, limits, start, end)
-        if needed > member.memory_bytes:
-            return None
         device = (member.host_id, member.device)
         peers = [w for w in usable if (w.host_id, w.device) == device]
-        on_device[device] = on_device.get(device, 0) + needed
-        if on_device[device] > max(max(w.memory_bytes, w.shared_memory_bytes) for w in peers):
+        shared = max(max(w.memory_bytes, w.shared_memory_bytes) for w in peers)
+        transfer_s, readers = 0.0, []
+        if offloading:  # with an equal part of the device's memory
+            readers = [w for w in usable if w.host_id == member.host_id and w.offload_bytes and member.offload_bytes]
+            memory = min(member.memory_bytes, shared // len(peers))
+            room = member.offload_bytes // len(readers) if readers else None
+            moved = elsewhere(costs, limits, (start, end), memory, room)
+            if moved is None:
+                return None
+            transfer_s = moved / max(w.offload_bandwidth for w in readers) if moved else 0.0
+        elif needed > member.memory_bytes:
             return None
+        else:
+            on_device[device] = on_device.get(device, 0) + needed
+            if on_device[device] > shared:
+                return None
         step_s = functools.partial(byte_s, costs, peers)
         head = streamed - sum(costs.layer_bytes[start:end])
         decode_s = limits.new_tokens / limits.num_sequences * streamed * step_s(limits.num_sequences)
         prefill_s = (streamed - head) * step_s(limits.prompt_tokens) if limits.prompt_tokens else 0.0
-        bottleneck = max(bottleneck, (prefill_s + decode_s) * len(peers))
-        latency += streamed * step_s(1) + member.link_delay_s
+        waiting_s = transfer_s * len(readers)  # of each step, while others read too
+        prefill_s = max(prefill_s * len(peers), waiting_s if limits.prompt_tokens else 0.0)
+        decode_s = max(decode_s * len(peers), waiting_s * limits.new_tokens / limits.num_sequences)
+        bottleneck = max(bottleneck, prefill_s + decode_s)
+        latency += max(streamed * step_s(1), transfer_s) + member.link_delay_s
     return -len(chosen), bottleneck, latency
 
 
@@ -112,8 +158,11 @@ def byte_s(costs, peers, num_tokens):
     return max(1 / max(w.read_bandwidth for w in peers), arithmetic)
 
 
+NOTHING = (0, 0.0)
+
+
 @st.composite
-def cases(draw):
+def cases(draw, offloads=(NOTHING,)):
     num_layers = draw(st.integers(1, 6))
     layers = draw(st.lists(st.integers(1, 20), min_size=num_layers, max_size=num_layers))
     kv = draw(st.lists(st.integers(0, 3), min_size=num_layers, max_size=num_layers))
@@ -141,7 +190,12 @@ def cases(draw):
         shared = draw(st.sampled_from([0, 0, 200]))
         name = f"w{index}"
         home = host if shares_host else None
-        workers.append(worker(name, memory, speed=speed, host=home, link=link, shared=shared, matrix_rate=matrix_rate))
+        offload = draw(st.sampled_from(offloads))
+        workers.append(
+            worker(
+                name, memory, speed=speed, host=home, link=link, shared=shared, matrix_rate=matrix_rate, offload=offload
+            )
+        )
     return costs, workers
 
 
@@ -168,13 +222,56 @@ def test_no_other_placement_is_better(case, limits):
     check(plan, costs, workers)
 
 
-def value(plan, costs, workers, limits):
+TIERS = (NOTHING, (400, 0.5), (40, 0.5), (400, 3.0))
+"""Bytes that a worker may keep beside its memory, and how many a second come back."""
+
+
+@settings(max_examples=500, deadline=None)
+@given(cases(offloads=TIERS), st.sampled_from(WORKLOADS))
+def test_no_other_placement_is_better_where_layers_may_be_offloaded(case, limits):
+    """Nothing is offloaded where all fits; else no order, no cut and no other use of the tiers is better."""
+    costs, workers = case
+    best = brute_force(costs, workers, limits)
+    if best is None:
+        with pytest.raises(PlacementError, match="Add a worker with at least"):
+            place(costs, workers, limits)
+        return
+    plan = place(costs, workers, limits)
+    assert plan.is_exact
+    is_needed = try_all(costs, workers, limits, offloading=False) is None
+    assert any(stage.offloaded_layers for stage in plan.stages) is is_needed
+    assert value(plan, costs, workers, limits, offloading=is_needed) == pytest.approx(best)
+    check(plan, costs, workers)
+
+
+@pytest.mark.parametrize("cut_limit", [100_000, 0])
+@settings(max_examples=100, deadline=None)
+@given(case=cases(offloads=TIERS))
+def test_offloading_without_trying_every_order_fits_and_is_never_better(cut_limit, case):
+    costs, workers = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement_search, "_MAX_TRANSITIONS", 0)
+        patch.setattr(placement_search, "_MAX_CUT_TRANSITIONS", cut_limit)
+        try:
+            plan = place(costs, workers, SMALL)
+        except PlacementError:
+            return
+    check(plan, costs, workers)
+    best = brute_force(costs, workers, SMALL)
+    offloads = any(stage.offloaded_layers for stage in plan.stages)
+    if offloads and try_all(costs, workers, SMALL, offloading=False) is not None:
+        return  # four orders all failed where another fits without
+    assert (-len(plan.stages), plan.bottleneck_s * (1 + 1e-9)) >= best[:2]
+
+
+def value(plan, costs, workers, limits, *, offloading=False):
     """What `rate` says of a plan; what the plan says of itself is the same where steps are what counts."""
     by_id = {w.worker_id: w for w in workers}
     least = min(stage_cost(costs, limits, i, i + 1)[2] for i in range(costs.num_layers))
     bounds = [0, *(stage.layers.end for stage in plan.stages)]
     usable = [w for w in workers if w.memory_bytes >= least]
-    found = rate(costs, limits, usable, [by_id[stage.worker_id] for stage in plan.stages], bounds)
+    chosen = [by_id[stage.worker_id] for stage in plan.stages]
+    found = rate(costs, limits, usable, chosen, bounds, offloading=offloading)
     if limits is SMALL:
         assert (-len(plan.stages), plan.bottleneck_s, plan.latency_s) == pytest.approx(found)
     assert plan.latency_s == pytest.approx(found[2])
@@ -225,8 +322,13 @@ def check(plan, costs, workers):
         held, streamed, _ = stage_cost(costs, SMALL, stage.layers.start, stage.layers.end)
         member = by_id[stage.worker_id]
         used = stage.weight_bytes + stage.kv_bytes + SMALL.workspace_bytes
+        used += stage.buffer_bytes - stage.offloaded_bytes
         assert stage.weight_bytes == held
-        assert stage.step_s <= streamed * byte_s(costs, [member], 1) * (1 + 1e-9)
+        assert sum(costs.layer_bytes[layer] for layer in stage.offloaded_layers) == stage.offloaded_bytes
+        assert stage.offloaded_bytes <= member.offload_bytes
+        assert all(layer in stage.layers for layer in stage.offloaded_layers)
+        transfer_s = stage.offloaded_bytes / member.offload_bandwidth if stage.offloaded_bytes else 0.0
+        assert stage.step_s <= max(streamed * byte_s(costs, [member], 1), transfer_s) * (1 + 1e-9)
         assert used <= member.memory_bytes
         devices[member.host_id] = devices.get(member.host_id, 0) + used
     for host, used in devices.items():
@@ -377,6 +479,38 @@ def test_limits_below_the_hosts_memory_add_up():
     """Two workers that were told to use little of a large host may use both their limits."""
     workers = [worker("a", 50, host="x", shared=1000), worker("b", 50, host="x", shared=1000)]
     assert ranges(place(model([10] * 6), workers, SMALL)) == {"a": (0, 3), "b": (3, 6)}
+
+
+def test_a_stage_twice_its_memory_offloads_as_few_layers_as_are_enough_and_says_what_that_costs():
+    """16 layers of ten with room for eight: ten go, since two buffers stay; they take 100 ms, computing 160."""
+    costs, limits = model([10 * MIB] * 16), PlacementSettings(workspace_bytes=0, min_kv_tokens=16)
+    disk = worker("a", 80 * MIB + 16 * 16, speed=1e9 * MIB / 10**6, offload=(GIB, 1e9 * MIB / 10**6))
+    plan = place(costs, [disk], limits)
+    stage = plan.stages[0]
+    assert stage.offloaded_layers == (1, 3, 4, 6, 7, 9, 11, 12, 14, 15)
+    assert (stage.offloaded_bytes, stage.buffer_bytes) == (100 * MIB, 20 * MIB)
+    assert plan.latency_s == pytest.approx(0.160)
+    assert "10 of its 16 layers (100 MiB) on disk, since no placement fits in memory alone" in stage.reason
+    assert "each step reads them at 1.05 GB/s: 100 ms beside 160 ms of computing" in stage.reason
+    slow = place(costs, [replace(disk, offload_bandwidth=disk.offload_bandwidth / 4)], limits)
+    assert slow.latency_s == pytest.approx(0.400)  # the disk, not the sum
+    roomy = place(costs, [disk, worker("b", 200 * MIB)], limits)
+    assert not any(stage.offloaded_layers for stage in roomy.stages)
+
+
+def test_the_worker_with_the_faster_disk_offloads_more():
+    slow, fast = worker("slow", 70, offload=(500, 0.05)), worker("fast", 70, offload=(500, 0.4))
+    plan = place(model([10] * 20), [slow, fast], SMALL)
+    moved = {stage.worker_id: stage.offloaded_bytes for stage in plan.stages}
+    assert moved["fast"] > moved["slow"] > 0
+
+
+def test_workers_of_one_host_share_its_disk():
+    """In room: 60 bytes of it are enough for each of two hosts, but not for two workers of one."""
+    here = [worker("a", 50, host="x", shared=100, offload=(60, 1.0)), worker("b", 50, host="y", offload=(60, 1.0))]
+    assert place(model([10] * 10), here, SMALL).stages
+    with pytest.raises(PlacementError, match="What may be offloaded is not enough"):
+        place(model([10] * 10), [replace(w, host_id="x", shared_memory_bytes=100) for w in here], SMALL)
 
 
 def test_an_unfit_model_says_what_it_needs_and_what_would_help():

@@ -40,6 +40,7 @@ BUSY = replace(
     weight_bytes=2**40, kv_bytes=2**20, phases=PHASES,
     link=LinkReport(peer="rack-2", bytes_sent=4096, steps_sent=70, round_trip_s=0.0005),
     errors=(("LinkLostError", 2), ("other", 1)), loaded_bytes=(("disk", 5), ("cache", 0), ("network", 7)),
+    offloaded_bytes=2**39, offload_read_bytes=2**42, offload_wait_s=8.5,
 )  # fmt: skip
 
 
@@ -96,6 +97,9 @@ def test_a_busy_worker_tells_all_that_its_heartbeat_tells(port):
         ("stage_layers",): 5,
         ("stage_weight_bytes",): 2**40,
         ("stage_kv_bytes",): 2**20,
+        ("stage_offloaded_bytes",): 2**39,
+        ("offload_read_bytes_total",): 2**42,
+        ("offload_wait_seconds_total",): 8.5,
         ("stage_queue_depth",): 3,
         ("stage_steps_total",): 71,
         ("stage_busy_seconds_total",): 1.5,

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from shardwright.errors import FrameError, LinkLostError, ShardwrightError, StageLoadError, WorkerUnreachableError
 from shardwright.model import stage as stage_module
+from shardwright.model.offload import OffloadCounts
 from shardwright.model.stage import StageOutput
 from shardwright.runtime import worker as worker_module
 from shardwright.runtime.measure import Speed
@@ -67,6 +68,8 @@ class FakeStage:
 
     weight_bytes: int = 1
     kv_bytes: int = 2
+    offloaded_bytes: int = 0
+    offload_counts: OffloadCounts = field(default_factory=OffloadCounts)
     open_: threading.Event = field(default_factory=threading.Event)
     began: threading.Event = field(default_factory=threading.Event)
     steps: list[StepInput] = field(default_factory=list)
@@ -477,6 +480,25 @@ async def test_the_time_that_the_machine_takes_to_answer_lies_between_the_clocks
     worker.probe.slowness_s = 0.05
     report = await worker.client.heartbeat(timeout_s=T)
     assert report.clock_sent_s - report.clock_received_s >= 0.05
+
+
+async def test_what_was_read_of_offloaded_weights_is_counted_over_stages(worker):
+    await worker.load()
+    worker.stage.offloaded_bytes, worker.stage.offload_counts = 70, OffloadCounts(read_bytes=700, wait_s=1.5)
+    report = await worker.client.heartbeat(timeout_s=T)
+    assert (report.offloaded_bytes, report.offload_read_bytes, report.offload_wait_s) == (70, 700, 1.5)
+    await worker.client.release(1, timeout_s=T)
+    report = await worker.client.heartbeat(timeout_s=T)
+    assert (report.offloaded_bytes, report.offload_read_bytes, report.offload_wait_s) == (0, 700, 1.5)
+    await worker.load(epoch=2)
+    assert (await worker.client.heartbeat(timeout_s=T)).offload_read_bytes == 1400
+
+
+async def test_a_worker_that_may_not_offload_refuses_a_stage_that_would(worker):
+    load = worker.stage_load()
+    load = replace(load, assignment=replace(load.assignment, offloaded_layers=(0, 1)))
+    with pytest.raises(StageLoadError, match="2 layers are to be offloaded, but this worker was started without"):
+        await send_stage(worker.client, load, BlobsBeside(worker.checkpoint, {}), lambda _: None)
 
 
 async def test_a_report_tells_what_the_stage_holds_and_where_its_weights_came_from(worker):

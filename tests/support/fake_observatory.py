@@ -76,6 +76,9 @@ def example_report(**changes: Any) -> HeartbeatReport:
         link=LinkReport(peer="desk", bytes_sent=4_000_000, steps_sent=400, round_trip_s=0.0004),
         errors=(("LinkLostError", 1),),
         loaded_bytes=(("cache", 300 * MIB), ("network", 500 * MIB)),
+        offloaded_bytes=600 * MIB,
+        offload_read_bytes=240_000 * MIB,
+        offload_wait_s=12.5,
     )
     return replace(report, **changes)
 

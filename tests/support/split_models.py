@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tiny_models import greedy_answer, prompt_of
 from transformers import AutoConfig, PreTrainedModel
 
+from shardwright.model.offload import OffloadPlan
 from shardwright.model.stage import Stage, StageOutput, build_stage
 from shardwright.types import LayerRange, SamplingParams, SequenceSlice, StepInput, TensorSpec, TokenOut
 
@@ -70,6 +71,7 @@ class SplitModel:
         dtype: str = "float32",
         device: str = "cpu",
         vocabulary: bytes | None = None,
+        offload: Callable[[LayerRange], OffloadPlan | None] = lambda layers: None,  # noqa: ARG005
     ) -> None:
         config_json = (folder / "config.json").read_text()
         num_layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
@@ -90,6 +92,7 @@ class SplitModel:
                 raw=raw,
                 progress=self.progress.append,
                 vocabulary=vocabulary,
+                offload=offload(layers),
             )
             for layers in even_cuts(num_layers, num_stages)
         ]

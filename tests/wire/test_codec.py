@@ -184,6 +184,7 @@ def assignments(draw):
         num_blocks=draw(st.integers(1, 2**31)),
         block_size=draw(st.integers(1, 1024)),
         next_worker_id=None if index == num_stages - 1 else draw(short),
+        offloaded_layers=tuple(sorted(draw(st.sets(st.integers(start, start))))),
     )
 
 
@@ -247,6 +248,9 @@ descriptions = st.builds(
     matrix_rate=figure,
     num_threads=st.integers(0, 2**32 - 1),
     metrics_port=st.integers(0, 65535),
+    offload=st.sampled_from(["", "cpu", "nvme"]),
+    offload_bytes=u64,
+    offload_bandwidth=figure,
 )
 
 
@@ -295,6 +299,9 @@ reports = st.builds(
     gpu_power_w=st.none() | figure,
     clock_received_s=figure,
     clock_sent_s=figure,
+    offloaded_bytes=u64,
+    offload_read_bytes=u64,
+    offload_wait_s=figure,
     weight_bytes=u64,
     kv_bytes=u64,
     traces=tuples_of(traces(), max_size=3),
@@ -823,6 +830,21 @@ def test_a_report_with_as_many_traces_as_there_may_be_is_far_from_a_messages_lim
 def test_a_ping_or_measurement_out_of_range_is_refused(decode, message, complaint):
     with pytest.raises(ProtocolError, match=complaint):
         decode(message.SerializeToString())
+
+
+def test_an_offload_tier_that_nobody_knows_is_refused():
+    message = pb.WorkerDescription(device="cpu", offload="tape")
+    with pytest.raises(ProtocolError, match="offload is 'tape'; known: cpu, nvme"):
+        report_codec.decode_description(message.SerializeToString())
+
+
+@pytest.mark.parametrize("layers", [(1,), (5,), (3, 3), (4, 3)])
+def test_offloaded_layers_that_are_not_of_the_stage_are_refused(layers):
+    message = pb.StageAssignment(
+        worker_id="w", num_stages=1, first_layer=2, end_layer=5, num_blocks=1, block_size=1, offloaded_layers=layers
+    )
+    with pytest.raises(ProtocolError, match=r"offloaded_layers: \[.*\] are not some of the layers 2 to 4"):
+        load_codec._read_assignment(message)
 
 
 def test_a_metrics_port_that_is_none_is_refused():

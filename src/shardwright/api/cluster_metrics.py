@@ -68,6 +68,10 @@ FAMILIES: Final = (
     Family("worker_errors_total", "counter", "Errors of a worker, by kind.", ("worker", "kind")),
     Family("master_round_trip_seconds", "gauge", "From the master to the worker and back, at best lately.", _WORKER),
     Family("weights_loaded_bytes_total", "counter", "Weights that were loaded, by source.", ("worker", "source")),
+    Family("offload_read_bytes_total", "counter", "Offloaded weights that a worker read back for its steps.", _WORKER),
+    Family(
+        "offload_wait_seconds_total", "counter", "Time that a worker's steps waited for offloaded weights.", _WORKER
+    ),
     # Stages.
     Family("stage_busy_ratio", "gauge", "Part of the last seconds that the stage computed, 0 to 1.", _WORKER),
     Family("stage_busy_seconds_total", "counter", "Time that a stage computed since it was loaded.", _WORKER),
@@ -199,6 +203,9 @@ class _Scrape:
             self._put("worker_errors_total", count, name, kind)
         for source, num_bytes in report.loaded_bytes:
             self._put("weights_loaded_bytes_total", num_bytes, name, source)
+        if report.offloaded_bytes or report.offload_read_bytes:
+            self._put("offload_read_bytes_total", report.offload_read_bytes, name)
+            self._put("offload_wait_seconds_total", report.offload_wait_s, name)
         for phase in report.phases:
             self._put_histogram("stage_phase_seconds", phase_histogram(phase), name, phase.phase.value)
         if report.epoch:

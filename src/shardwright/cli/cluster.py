@@ -42,12 +42,8 @@ def worker(
     ] = None,
     device: options.Device = None,
     threads: options.Threads = None,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(
-            "--memory-gib", metavar="GIB", min=0.0, help="Most memory for weights and KV (default: what is free)."
-        ),
-    ] = None,
+    memory_gib: options.MemoryGib = None,
+    offload: options.Offload = None,
     cache_dir: options.CacheDir = None,
     otlp_endpoint: options.OtlpEndpoint = None,
     metrics_port: Annotated[
@@ -67,6 +63,8 @@ def worker(
     [cyan]shardwright worker[/cyan]
 
     [cyan]shardwright worker --port 50052 --device cuda:1[/cyan]
+
+    [cyan]shardwright worker --offload nvme[/cyan]   for a model larger than all memory: slow, bound by the disk
     """
     settings = options.worker_config(
         config,
@@ -75,6 +73,7 @@ def worker(
         device=device,
         threads=threads,
         memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+        offload=offload,
         cache_dir=cache_dir,
         otlp_endpoint=otlp_endpoint,
         metrics_port=metrics_port,

@@ -73,6 +73,21 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads of a worker; 0: every core it may use (default: 0)."),
 ]
+MemoryGib = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gib", metavar="GIB", min=0.0, help="Most memory for weights and KV (default: what is free)."
+    ),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        metavar="WHERE",
+        help="Where workers keep layers that their memory can't hold, if the model fits nowhere otherwise: nvme (a "
+        "file in --cache-dir, read anew for each step), cpu (a GPU's, in the host's memory) or none (default: none).",
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(
@@ -127,6 +142,8 @@ class ModelFlags:
     dtype: Dtype = None
     device: Device = None
     threads: Threads = None
+    memory_gib: MemoryGib = None
+    offload: Offload = None
     kv_tokens: KvTokens = None
     block_size: BlockSize = None
     cache_dir: CacheDir = None
@@ -142,13 +159,19 @@ class ModelFlags:
 
         Raises `ConfigError` for flags that would have no effect: a registered worker got its own when it was started.
         """
-        for name, value in (("--device", self.device), ("--threads", self.threads)):
+        own = (
+            ("--device", self.device),
+            ("--threads", self.threads),
+            ("--memory-gib", self.memory_gib),
+            ("--offload", self.offload),
+        )
+        for name, value in own:
             if value is not None and not self.local_workers:
                 raise ConfigError(
                     f"{name} is for --local-workers; a registered worker gets it where it is started: "
                     f"shardwright worker {name} {value}"
                 )
-        given = (("--device", self.device), ("--threads", self.threads), ("--cache-dir", self.cache_dir))
+        given = (*own, ("--cache-dir", self.cache_dir))
         return [word for name, value in given if value is not None for word in (name, str(value))]
 
 

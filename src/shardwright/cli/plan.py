@@ -87,6 +87,8 @@ def plan_as_json(model: OpenModel, placement: Placement) -> dict[str, object]:
                 "start": stage.layers.start,
                 "end": stage.layers.end,
                 "weight_bytes": stage.weight_bytes,
+                "offloaded_bytes": stage.offloaded_bytes,
+                "offloaded_layers": list(stage.offloaded_layers),
                 "kv_bytes": stage.kv_bytes,
                 "step_s": stage.step_s,
                 "reason": stage.reason,
@@ -105,8 +107,11 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
         f"{model.costs.name}, {model.dtype}, {model.costs.num_layers} layers, {placement.num_blocks} KV blocks",
         markup=False,
     )
-    table = Table("stage", "worker", "layers", "weights MiB", "KV MiB", "step ms")
-    for column in table.columns[2:6]:
+    offloads = any(stage.offloaded_bytes for stage in placement.stages)
+    table = Table(
+        "stage", "worker", "layers", "weights MiB", *(["offloaded MiB"] if offloads else []), "KV MiB", "step ms"
+    )
+    for column in table.columns[2:]:
         column.justify = "right"
     for index, stage in enumerate(placement.stages):
         table.add_row(
@@ -114,6 +119,7 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
             stage.worker_id,
             str(stage.layers),
             f"{stage.weight_bytes / MIB:.1f}",
+            *([f"{stage.offloaded_bytes / MIB:.1f}"] if offloads else []),
             f"{stage.kv_bytes / MIB:.1f}",
             f"{stage.step_s * 1000:.2f}",
         )

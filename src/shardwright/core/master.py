@@ -275,6 +275,7 @@ class MasterState:
                 block_size=self._settings.block_size,
                 next_worker_id=planned[index + 1].worker_id if index + 1 < len(planned) else None,
                 num_sharing=devices.count(devices[index]),
+                offloaded_layers=stage.offloaded_layers,
             )
             for index, stage in enumerate(planned)
         )

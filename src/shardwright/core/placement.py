@@ -24,6 +24,12 @@ a full pipeline keeps all k of them busy, so each has 1/k of the speed and its s
 bottleneck. k counts the workers that were given and can hold a layer.
 A stage of one of k such workers therefore gets about 1/k of what it would get alone, and equal peers split evenly.
 
+Offloading. A worker may have room for weights beside its memory (`WorkerCapacity.offload`). Only where nothing fits
+without that, a stage may exceed its worker's memory: as few layers as are enough, evenly spread, are then kept there,
+and two buffers of the size of its largest layer take their place (`StageWeights.offload`). Each step reads them all
+while it computes, so a stage's time is the longer of the two. A disk is shared by the workers of its host that may
+use it, in room and in speed; so is a device's memory here, evenly, since how much of it each needs is a choice.
+
 `placement_search` says how the best is found.
 """
 
@@ -34,12 +40,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwright.core.placement_costs import (
+    Offload,
     PlacementSettings,
     StageWeights,
     request_seconds_per_byte,
     seconds_per_byte,
 )
-from shardwright.core.placement_search import ATTO, Candidate, Found, find_best, latency
+from shardwright.core.placement_search import ATTO, Candidate, Found, find_best, latency, offloaded
 from shardwright.errors import PlacementError
 from shardwright.types import LayerRange, ModelCosts, WorkerCapacity, WorkerId
 
@@ -61,6 +68,9 @@ class PlannedStage:
     is_first: bool
     is_last: bool
     reason: str  # why this many layers, in words
+    offloaded_layers: tuple[int, ...] = ()  # kept beside the worker's memory, rising
+    offloaded_bytes: int = 0  # of `weight_bytes`
+    buffer_bytes: int = 0  # of memory, that these are read into; not among `weight_bytes`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +105,11 @@ def place(costs: ModelCosts, workers: Sequence[WorkerCapacity], settings: Placem
         raise PlacementError(f"there is no worker to hold {costs.name}; register one, or start some on this machine")
     weights = StageWeights(costs, settings)
     usable, left_out = _sort_out(weights, workers)
-    found = find_best(weights, usable)
-    if found is None:
-        raise PlacementError(_misfit(weights, workers, usable))
-    return _describe(weights, usable, left_out, found)
+    for candidates in (usable, _with_offload(usable)):
+        found = find_best(weights, candidates) if candidates else None
+        if found is not None:
+            return _describe(weights, candidates, left_out, found)
+    raise PlacementError(_misfit(weights, workers, usable))
 
 
 def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple[list[Candidate], list[LeftOut]]:
@@ -156,6 +167,38 @@ def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple
     return found, left_out
 
 
+def _with_offload(usable: Sequence[Candidate]) -> list[Candidate]:
+    """The same workers with what they may keep beside their memory; none where nobody may."""
+    ways: dict[tuple[str, str], list[WorkerCapacity]] = {}
+    for worker in usable:
+        if worker.capacity.offload_bytes > 0 and worker.capacity.offload_bandwidth > 0:
+            ways.setdefault(_way(worker.capacity), []).append(worker.capacity)
+    if not ways:
+        return []
+    found = []
+    for worker in usable:
+        capacity = worker.capacity
+        memory = min(capacity.memory_bytes, worker.device_limit // worker.sharing)
+        peers = ways.get(_way(capacity), []) if capacity.offload_bytes > 0 and capacity.offload_bandwidth > 0 else []
+        fastest = max((peer.offload_bandwidth for peer in peers), default=0.0)
+        found.append(
+            replace(
+                worker,
+                capacity=replace(capacity, memory_bytes=memory),
+                tracked=-1,
+                offload_limit=capacity.offload_bytes // len(peers) if peers else 0,
+                offload_atto_per_byte=max(round(ATTO / fastest), 1) if peers else 0,
+                offload_sharing=len(peers) or 1,
+            )
+        )
+    return found
+
+
+def _way(capacity: WorkerCapacity) -> tuple[str, str]:
+    """What a worker's offloaded weights come through: its host's disk, or its device's own way to the host's memory."""
+    return capacity.host_id, capacity.device if capacity.offload == "cpu" else ""
+
+
 # --- the answer in words -----------------------------------------------------------------------------
 
 
@@ -165,19 +208,27 @@ def _describe(
     num_blocks = _num_blocks(weights, found)
     stages = []
     for worker, start, end in found.stages:
-        alone = weights.streamed(start, end) * worker.atto_per_byte
+        offload = worker.offload(weights, start, end)
+        assert offload is not None, "a stage that was found fits"
         stages.append(
             PlannedStage(
                 worker_id=worker.capacity.worker_id,
                 layers=LayerRange(start, end),
                 weight_bytes=weights.held(start, end),
                 kv_bytes=weights.kv_per_block(start, end) * num_blocks,
-                step_s=alone / ATTO,
+                step_s=worker.alone(weights, start, end, offload.num_bytes) / ATTO,
                 is_first=start == 0,
                 is_last=end == weights.num_layers,
                 reason=_reason(
-                    weights, worker, start, end, is_slowest=worker.share(weights, start, end) == found.bottleneck
+                    weights,
+                    worker,
+                    start,
+                    end,
+                    is_slowest=worker.share(weights, start, end, offload.num_bytes) == found.bottleneck,
                 ),
+                offloaded_layers=offload.layers if offload.number else (),
+                offloaded_bytes=offload.num_bytes,
+                buffer_bytes=offload.buffers,
             )
         )
     used = {worker.order for worker, _, _ in found.stages}
@@ -187,11 +238,18 @@ def _describe(
     return Placement(
         stages=tuple(stages),
         num_blocks=num_blocks,
-        bottleneck_s=max(weights.streamed(a, b) * w.atto_per_byte * w.sharing for w, a, b in found.stages) / ATTO,
+        bottleneck_s=max(_shared_step(weights, *stage) for stage in found.stages) / ATTO,
         latency_s=latency(weights, found) / ATTO,
         left_out=(*left_out, *unused),
         is_exact=found.is_exact,
     )
+
+
+def _shared_step(weights: StageWeights, worker: Candidate, start: int, end: int) -> int:
+    """A decode step of one sequence while all that share the stage's device and disk are busy too."""
+    compute = weights.streamed(start, end) * worker.atto_per_byte * worker.sharing
+    transfer = offloaded(weights, worker, start, end) * worker.offload_atto_per_byte * worker.offload_sharing
+    return max(compute, transfer)
 
 
 def _num_blocks(weights: StageWeights, found: Found) -> int:
@@ -200,7 +258,10 @@ def _num_blocks(weights: StageWeights, found: Found) -> int:
     room: list[tuple[int, int]] = []  # bytes left, bytes of a block
     devices: dict[tuple[str, str], tuple[int, int]] = {}
     for worker, start, end in found.stages:
-        weight, block = weights.held(start, end) + workspace, weights.kv_per_block(start, end)
+        offload = worker.offload(weights, start, end)
+        assert offload is not None, "a stage that was found fits"
+        weight = weights.held(start, end) - offload.saved + workspace
+        block = weights.kv_per_block(start, end)
         room.append((worker.capacity.memory_bytes - weight, block))
         key = (worker.capacity.host_id, worker.capacity.device)
         left, blocks = devices.get(key, (worker.device_limit, 0))
@@ -215,6 +276,8 @@ def _reason(weights: StageWeights, worker: Candidate, start: int, end: int, *, i
     ]
     if worker.sharing > 1:
         parts.append(f"one of {worker.sharing} workers on its {worker.capacity.device}")
+    if offload := worker.offload(weights, start, end):
+        parts += _offload_reason(weights, worker, offload, end)
     extras = [name for name, held in (("embedding", start == 0), ("head", end == weights.num_layers)) if held]
     if extras:
         parts.append("with the " + " and the ".join(extras))
@@ -225,6 +288,26 @@ def _reason(weights: StageWeights, worker: Candidate, start: int, end: int, *, i
     if wider and all(weights.needed(*stage) > worker.capacity.memory_bytes for stage in wider):
         parts.append("its memory holds no further layer")
     return ", ".join(parts)
+
+
+def _offload_reason(weights: StageWeights, worker: Candidate, offload: Offload, end: int) -> list[str]:
+    """What is offloaded, why, and what that costs."""
+    if not offload.number:
+        return []
+    capacity = worker.capacity
+    where = "the host's memory" if capacity.offload == "cpu" else "disk"
+    transfer_s = offload.num_bytes * worker.offload_atto_per_byte / ATTO
+    compute_s = weights.streamed(offload.start, end) * worker.atto_per_byte / ATTO
+    held = (
+        f"{offload.number} of its {offload.count} layers ({_mib(offload.num_bytes)}) on {where}, since no placement "
+        f"fits in memory alone (this worker has {_gib(capacity.memory_bytes)})"
+    )
+    cost = (
+        f"each step reads them at {ATTO / worker.offload_atto_per_byte / 1e9:.2f} GB/s: {transfer_s * 1000:.0f} ms "
+        f"beside {compute_s * 1000:.0f} ms of computing"
+    )
+    more = f", longer while {worker.offload_sharing} workers read" if worker.offload_sharing > 1 else ""
+    return [held, cost + more]
 
 
 def _misfit(weights: StageWeights, workers: Sequence[WorkerCapacity], usable: Sequence[Candidate]) -> str:
@@ -242,10 +325,14 @@ def _misfit(weights: StageWeights, workers: Sequence[WorkerCapacity], usable: Se
     count = f"{len(workers)} workers" if len(workers) > 1 else "1 worker"
     have = f"the largest ({largest.worker_id}) offers {_gib(largest.memory_bytes)}"
     have += f", the {count} together {_gib(together)}"
+    offers = any(w.offload_bytes > 0 and w.offload_bandwidth > 0 for w in workers)
+    tier = (
+        "What may be offloaded is not enough" if offers else "Workers that may offload layers (--offload nvme) help too"
+    )
     return (
         f"{costs.name} needs {_gib(whole)} ({_gib(weights.held(0, costs.num_layers))} of weights, KV for "
         f"{settings.min_kv_tokens} tokens, and workspace) and a layer can't be divided; {have}. "
-        f"Add a worker with at least {_gib(_enough(weights, usable))}, or use a smaller dtype, model or context"
+        f"Add a worker with at least {_gib(_enough(weights, usable))}, or use a smaller dtype, model or context. {tier}"
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from shardwright.types import ModelCosts
+from shardwright.types import OFFLOAD_BUFFERS, ModelCosts
 
 _MIB = 1024**2
 
@@ -72,6 +73,35 @@ def request_seconds_per_byte(
     return prefill_s + decode_s, decode_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """What of a stage is not kept in its device's memory."""
+
+    start: int  # the stage's first layer
+    count: int  # its layers
+    number: int  # of them that are offloaded
+    num_bytes: int  # of these
+    buffers: int  # bytes of the buffers that they are read into
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are offloaded, rising."""
+        return tuple(self.start + index for index in _spread(self.number, self.count))
+
+    @property
+    def saved(self) -> int:
+        """Bytes of memory that the stage needs less."""
+        return self.num_bytes - self.buffers
+
+
+_NOTHING = Offload(start=0, count=1, number=0, num_bytes=0, buffers=0)
+
+
+def _spread(number: int, count: int) -> Iterator[int]:
+    """So many of `count` indices, at even distances."""
+    return (index for index in range(count) if (index + 1) * number // count > index * number // count)
+
+
 class StageWeights:
     """Bytes of any stage [start, end) in constant time, from running sums over the layers."""
 
@@ -108,6 +138,34 @@ class StageWeights:
         """The least memory with which a worker can hold the stage."""
         kv = self.kv_per_block(start, end) * self.settings.min_blocks
         return self.held(start, end) + kv + self.settings.workspace_bytes
+
+    def offload(self, start: int, end: int, *, memory_bytes: int, limit_bytes: int) -> Offload | None:
+        """What of the stage has to be kept elsewhere for the rest to fit in the memory; None if it can't fit so.
+
+        `limit_bytes` is what can be kept there. Layers that are offloaded need buffers for `OFFLOAD_BUFFERS` of the
+        stage's largest layers. They are spread evenly over the stage, so that each is read while others compute; as
+        few as are enough.
+        """
+        excess = self.needed(start, end) - memory_bytes
+        if excess <= 0:
+            return _NOTHING
+        sizes = self.costs.layer_bytes[start:end]
+        count, largest = len(sizes), max(sizes)
+        buffers = OFFLOAD_BUFFERS * largest
+        excess += buffers
+        if excess > min(self.of_layers(start, end), limit_bytes):
+            return None
+        for number in range(-(-excess // largest), count + 1):
+            layers = _spread(number, count)
+            num_bytes = number * largest if min(sizes) == largest else sum(sizes[index] for index in layers)
+            if num_bytes >= excess:
+                fits = num_bytes <= limit_bytes
+                return (
+                    Offload(start=start, count=count, number=number, num_bytes=num_bytes, buffers=buffers)
+                    if fits
+                    else None
+                )
+        raise AssertionError("all layers together are enough")
 
     @property
     def smallest_need(self) -> int:

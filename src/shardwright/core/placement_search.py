@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
-from shardwright.core.placement_costs import StageWeights
+from shardwright.core.placement_costs import Offload, StageWeights
 from shardwright.types import WorkerCapacity
 
 ATTO = 10**18
@@ -44,20 +44,42 @@ class Candidate:
     sharing: int  # usable workers on its device, itself included
     device_limit: int  # memory of that device
     tracked: int  # which of the devices whose shared memory may run out it is on; -1: none
+    offload_limit: int = 0  # bytes of weights that it may keep beside its memory; 0: none
+    offload_atto_per_byte: int = 0  # that these take to come, with the way to itself
+    offload_sharing: int = 1  # workers on that way, itself included
 
     @property
     def kind(self) -> tuple[int, ...]:
         """All that the search reads of a worker."""
         memory = self.capacity.memory_bytes
         times = (self.atto_per_byte, self.pace_per_byte, self.pace_per_head_byte, self.atto_link)
-        return (memory, *times, self.sharing, self.device_limit, self.tracked)
+        offload = (self.offload_limit, self.offload_atto_per_byte, self.offload_sharing)
+        return (memory, *times, self.sharing, self.device_limit, self.tracked, *offload)
 
-    def share(self, weights: StageWeights, start: int, end: int) -> int:
-        """The stage's time towards the bottleneck: the request's, on its share of the device, in attoseconds."""
+    def offload(self, weights: StageWeights, start: int, end: int) -> Offload | None:
+        """What of the stage it would keep beside its memory; None if it can't hold the stage."""
+        return weights.offload(start, end, memory_bytes=self.capacity.memory_bytes, limit_bytes=self.offload_limit)
+
+    def share(self, weights: StageWeights, start: int, end: int, offloaded: int = 0) -> int:
+        """The stage's time towards the bottleneck: the request's, on its share of the device, in attoseconds.
+
+        Of each step, the prompt's and those of the answer, computing and the coming of offloaded weights go on at the
+        same time, so the longer of the two counts.
+        """
         alone = weights.of_layers(start, end) * self.pace_per_byte
-        if end == weights.num_layers:
-            alone += weights.costs.head_bytes * self.pace_per_head_byte
-        return alone * self.sharing
+        head = weights.costs.head_bytes * self.pace_per_head_byte if end == weights.num_layers else 0
+        if not offloaded:
+            return (alone + head) * self.sharing
+        settings = weights.settings
+        decode = weights.of_layers(start, end) * self.pace_per_head_byte
+        transfer = offloaded * self.offload_atto_per_byte * self.offload_sharing
+        prompt_s = max((alone - decode) * self.sharing, transfer if settings.prompt_tokens else 0)
+        decode_s = max((decode + head) * self.sharing, round(transfer * settings.new_tokens / settings.num_sequences))
+        return prompt_s + decode_s
+
+    def alone(self, weights: StageWeights, start: int, end: int, offloaded: int = 0) -> int:
+        """A decode step of one sequence, with device and offload tier to itself, in attoseconds."""
+        return max(weights.streamed(start, end) * self.atto_per_byte, offloaded * self.offload_atto_per_byte)
 
 
 _Value: TypeAlias = tuple[int, int, int]
@@ -228,11 +250,14 @@ class _Search:
         if options is None:
             options = self._options[key] = []
             for end in range(start + 1, self._weights.num_layers + 1):
-                need = self._weights.needed(start, end)
-                alone = self._weights.streamed(start, end) * worker.atto_per_byte
-                share = worker.share(self._weights, start, end)
-                if need > worker.capacity.memory_bytes or share > self._cap:
+                offload = worker.offload(self._weights, start, end)
+                share = worker.share(self._weights, start, end, offload.num_bytes) if offload is not None else 0
+                if offload is None or share > self._cap:
+                    if worker.offload_limit:
+                        continue  # with one more layer others are offloaded, and they may be smaller
                     break  # one more layer never makes a stage smaller or faster
+                alone = worker.alone(self._weights, start, end, offload.num_bytes)
+                need = self._weights.needed(start, end) - offload.saved
                 options.append((end, share, alone + worker.atto_link, need))
         return options
 
@@ -262,14 +287,15 @@ def find_best(weights: StageWeights, workers: Sequence[Candidate]) -> Found | No
 
 
 def _could_fit(weights: StageWeights, workers: Sequence[Candidate]) -> bool:
-    """Whether all memory together is enough; a quick answer before a long search."""
+    """Whether all memory together is enough; a quick answer before a long search. What may be offloaded helps."""
     devices: dict[tuple[str, str], int] = {}
     limits: dict[tuple[str, str], int] = {}
     for worker in workers:
         key = (worker.capacity.host_id, worker.capacity.device)
         devices[key] = devices.get(key, 0) + worker.capacity.memory_bytes
         limits[key] = worker.device_limit
-    return sum(min(total, limits[key]) for key, total in devices.items()) >= weights.needed(0, weights.num_layers)
+    memory = sum(min(total, limits[key]) for key, total in devices.items())
+    return memory + sum(worker.offload_limit for worker in workers) >= weights.needed(0, weights.num_layers)
 
 
 def _best_of_fixed_orders(weights: StageWeights, workers: Sequence[Candidate]) -> Found | None:
@@ -348,4 +374,12 @@ def _rank(weights: StageWeights, found: Found) -> tuple[int, int, int]:
 
 def latency(weights: StageWeights, found: Found) -> int:
     """Attoseconds of one step through all stages and links, with the devices to itself."""
-    return sum(weights.streamed(start, end) * w.atto_per_byte + w.atto_link for w, start, end in found.stages)
+    return sum(
+        w.alone(weights, start, end, offloaded(weights, w, start, end)) + w.atto_link for w, start, end in found.stages
+    )
+
+
+def offloaded(weights: StageWeights, worker: Candidate, start: int, end: int) -> int:
+    """Bytes of a stage that was found which its worker keeps beside its memory."""
+    offload = worker.offload(weights, start, end)
+    return offload.num_bytes if offload is not None else 0

@@ -21,6 +21,7 @@ from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_con
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, can_pack, pack_linear
+from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
 from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampler_state import SamplerStates, SequenceState
@@ -65,13 +66,15 @@ def build_stage(
     raw: RawTensors,
     progress: Callable[[int], None],
     vocabulary: bytes | None = None,
+    offload: OffloadPlan | None = None,
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
 
     `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
-    without which the last stage follows no grammars. Raises `ConfigError` for a device or dtype that can't be used,
+    without which the last stage follows no grammars. `offload` names layers whose weights are not kept in the device's
+    memory. Raises `ConfigError` for a device or dtype that can't be used,
     `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
-    fit.
+    fit, `OffloadError` where there is no room for what is offloaded.
     """
     torch_dtype, torch_device = find_dtype(dtype), resolve_device(device)
     check_dtype(torch_dtype, torch_device)
@@ -80,23 +83,74 @@ def build_stage(
     plan = plan_family(config)
     model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
 
+    offloading = None if offload is None else _Offloading(model, plan, offload, torch_device)
+
     def finish(name: str) -> None:
+        if offloading is not None and offloading.takes(name):
+            return  # a packed layer has no plain bytes that could be read into a buffer
         if can_pack(torch_dtype, torch_device):
             pack_linear(model, name)
 
-    load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
-    return Stage(
-        model=model,
-        plan=plan,
-        layers=layers,
-        is_first=is_first,
-        is_last=is_last,
-        dtype=torch_dtype,
-        device=torch_device,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
-    )
+    try:
+        load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
+        return Stage(
+            model=model,
+            plan=plan,
+            layers=layers,
+            is_first=is_first,
+            is_last=is_last,
+            dtype=torch_dtype,
+            device=torch_device,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
+            offloaded=None if offloading is None else offloading.start(),
+        )
+    except BaseException:
+        if offloading is not None:
+            offloading.close()
+        raise
+
+
+class _Offloading:
+    """Hands layers that are to be offloaded over as soon as they are loaded."""
+
+    def __init__(self, model: nn.Module, plan: FamilyPlan, offload: OffloadPlan, device: torch.device) -> None:
+        self._model = model
+        self._layers = {index: model.get_submodule(f"{plan.layers}.{index}") for index in offload.layers}
+        self._prefixes = {f"{plan.layers}.{index}": index for index in offload.layers}
+        self._depth = plan.layers.count(".") + 2  # of a layer's name
+        num_bytes = sum(parameter.nbytes for layer in self._layers.values() for parameter in layer.parameters())
+        self._streamed = OffloadedLayers(offload, num_bytes=num_bytes, device=device)
+        self._taken: set[int] = set()
+
+    def takes(self, module_name: str) -> bool:
+        """Whether the module, which is complete now, is of such a layer; takes the layer when all of it is."""
+        index = self._prefixes.get(".".join(module_name.split(".")[: self._depth]))
+        if index is None:
+            return False
+        if not any(parameter.is_meta for parameter in self._layers[index].parameters()):
+            self._take(index)
+        return True
+
+    def _take(self, index: int) -> None:
+        layer = self._layers[index]
+        own = {id(module) for module in layer.modules()}
+        others = (module for module in self._model.modules() if id(module) not in own)
+        self._taken.add(index)
+        self._streamed.take(index, layer, keep=[p for other in others for p in other.parameters(recurse=False)])
+
+    def start(self) -> OffloadedLayers:
+        """Begin to stream; all layers are loaded."""
+        for index in self._layers:  # of which the checkpoint had nothing: all of it was computed
+            if index not in self._taken:
+                self._take(index)
+        self._streamed.start(self._layers)
+        return self._streamed
+
+    def close(self) -> None:
+        """Give up: the stage could not be built."""
+        self._streamed.close()
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -122,12 +176,14 @@ class Stage:
         num_blocks: int,
         block_size: int,
         compiler: GrammarCompiler | None = None,
+        offloaded: OffloadedLayers | None = None,
     ) -> None:
         self.layers = layers
         self.is_first = is_first
         self.is_last = is_last
         self._model: Any = model
         self._plan = plan
+        self._offloaded = offloaded
         self._dtype = dtype
         self._device = device
         self._num_blocks = num_blocks
@@ -157,10 +213,23 @@ class Stage:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights held, each shared one once."""
-        held: dict[int, int] = {id(t): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        """Bytes of all weights held in the device's memory, each shared one once, and of what offloaded ones pass."""
+        streams = self._offloaded
+        streamed = set() if streams is None else streams.parameter_ids
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        held: dict[int, int] = {id(t): t.nbytes for t in tensors if id(t) not in streamed}
         packed: int = sum(m.num_bytes for m in self._model.modules() if isinstance(m, PackedLinear))
-        return sum(held.values()) + packed
+        return sum(held.values()) + packed + (0 if streams is None else streams.buffer_bytes)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the weights that are kept beside the device's memory."""
+        return 0 if self._offloaded is None else self._offloaded.offloaded_bytes
+
+    @property
+    def offload_counts(self) -> OffloadCounts:
+        """What was read of them, and how long steps waited for it. May be asked from any thread."""
+        return OffloadCounts() if self._offloaded is None else self._offloaded.counts
 
     @property
     def kv_bytes(self) -> int:
@@ -170,6 +239,8 @@ class Stage:
     def close(self) -> None:
         """Drop weights and KV blocks. The stage can't be used afterwards."""
         self._model = nn.Module()
+        if self._offloaded is not None:
+            self._offloaded.close()
         self._caches.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

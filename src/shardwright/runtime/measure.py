@@ -291,7 +291,7 @@ def measure_disk(folder: Path) -> float | None:
                 stream.write(block)
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if _cached_part(stream.fileno()) > 0.25:
+            if cached_part(stream.fileno(), DISK_FILE_BYTES) > 0.25:
                 return None
             return _disk_bandwidth(stream.fileno())
     except OSError:
@@ -307,16 +307,16 @@ def _disk_bandwidth(file: int) -> float:
     return done / max(time.perf_counter() - begin, 1e-9)
 
 
-def _cached_part(file: int) -> float:
-    """Which part of the file lies in memory; 0 where the system does not tell."""
+def cached_part(file: int, num_bytes: int) -> float:
+    """Which part of the file's beginning lies in memory; 0 where the system does not tell."""
     try:
         mincore = ctypes.CDLL(None).mincore
     except (OSError, AttributeError):
         return 0.0
-    num_pages = DISK_FILE_BYTES // mmap.PAGESIZE
+    num_pages = num_bytes // mmap.PAGESIZE
     is_resident = (ctypes.c_ubyte * num_pages)()
-    with mmap.mmap(file, DISK_FILE_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+    with mmap.mmap(file, num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
         start = ctypes.c_char.from_buffer(view)
-        status = mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(DISK_FILE_BYTES), is_resident)
+        status = mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(num_bytes), is_resident)
         del start  # while it points there, the file can't be unmapped
     return sum(page & 1 for page in is_resident) / num_pages if status == 0 else 0.0

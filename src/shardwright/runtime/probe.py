@@ -20,6 +20,7 @@ from shardwright.runtime.measure import (
     resolve_device,
     usable_cores,
 )
+from shardwright.runtime.offload_tier import find_tier
 from shardwright.runtime.telemetry import GpuAddress, GpuProbe, GpuWatch, MachineMonitor, load_nvml
 from shardwright.types import PROTOCOL_VERSION, Epoch, HeartbeatReport, StepTiming, WorkerDescription
 
@@ -33,10 +34,19 @@ class Machine:
     Making one takes up to a second: the device is measured. Raises `ConfigError` for a device that isn't there.
     """
 
-    def __init__(self, *, device: str, threads: int, memory_bytes: int, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: str,
+        threads: int,
+        memory_bytes: int,
+        cache_dir: Path | None = None,
+        offload: str = "none",
+    ) -> None:
         """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free.
 
-        The disk that holds `cache_dir` is measured when that is asked for; None: no disk is.
+        The disk that holds `cache_dir` is measured when that is asked for; None: no disk is. With `offload` what it
+        names is measured at once. Raises `ConfigError` where that can't be used.
         """
         from shardwright.model.devices import half_dtype
 
@@ -46,6 +56,7 @@ class Machine:
         self._cache_dir = cache_dir
         self._device_name = device_name(self.device)
         self._speed = measure_speed(self.device, num_threads=self.num_threads, dtype=half_dtype(self.device))
+        self.offload = None if offload == "none" else find_tier(offload, self.device, cache_dir)
         self._monitor = MachineMonitor(
             device=str(self.device),
             device_name=self._device_name,
@@ -76,6 +87,9 @@ class Machine:
             matrix_rate=self._speed.matrix_rate,
             num_threads=self.num_threads,
             shared_memory_bytes=offered_bytes(memory, limit_bytes=0),
+            offload=self.offload.name if self.offload is not None else "",
+            offload_bytes=self.offload.room_bytes() if self.offload is not None else 0,
+            offload_bandwidth=self.offload.bandwidth if self.offload is not None else 0.0,
         )
 
     def report(

@@ -126,6 +126,9 @@ class KnownWorker:
             read_bandwidth=self.description.read_bandwidth,
             matrix_rate=self.description.matrix_rate,
             shared_memory_bytes=self.description.shared_memory_bytes,
+            offload=self.description.offload,
+            offload_bytes=self.description.offload_bytes,
+            offload_bandwidth=self.description.offload_bandwidth,
         )
 
 

@@ -42,6 +42,7 @@ from shardwright.core.events import (
 )
 from shardwright.core.worker import StagePhase, WorkerState
 from shardwright.errors import (
+    ConfigError,
     LinkLostError,
     ProtocolError,
     ShardwrightError,
@@ -87,8 +88,10 @@ from shardwright.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from shardwright.model.offload import OffloadPlan
     from shardwright.model.stage import Stage
     from shardwright.runtime.measure import Speed
+    from shardwright.runtime.offload_tier import OffloadTier
     from shardwright.runtime.weight_receiver import ReceivedTensors
     from shardwright.transport.base import Transport, WorkerClient
 
@@ -291,6 +294,7 @@ class WorkerShell:
         probe: MachineProbe,
         receiver: WeightReceiver,
         transport: Transport,
+        offload: OffloadTier | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
@@ -299,6 +303,8 @@ class WorkerShell:
         self._probe = probe
         self._receiver = receiver
         self._transport = transport
+        self._offload = offload
+        self._offload_before = (0, 0.0)  # bytes read and seconds waited of the stages that were dropped
         self._now = clock
         self._state = WorkerState()
         self._held: _HeldStage | None = None
@@ -363,15 +369,27 @@ class WorkerShell:
             uptime_s=self._now() - held.loaded_at if held else 0.0,
             timings=timings,
         )
+        read_bytes, wait_s = self._offload_counts(held)
         return replace(
             report,
             weight_bytes=held.stage.weight_bytes if held else 0,
             kv_bytes=held.stage.kv_bytes if held else 0,
+            offloaded_bytes=held.stage.offloaded_bytes if held else 0,
+            offload_read_bytes=read_bytes,
+            offload_wait_s=wait_s,
             phases=self._recorder.phases(),
             link=held.link_report() if held else None,
             errors=self._errors.counts(),
             loaded_bytes=self._receiver.loaded_bytes,
         )
+
+    def _offload_counts(self, held: _HeldStage | None) -> tuple[int, float]:
+        """Bytes of offloaded weights read and seconds waited for them, since the process began."""
+        read_bytes, wait_s = self._offload_before
+        if held is None:
+            return read_bytes, wait_s
+        counts = held.stage.offload_counts
+        return read_bytes + counts.read_bytes, wait_s + counts.wait_s
 
     @property
     def layers(self) -> LayerRange | None:
@@ -647,6 +665,7 @@ class WorkerShell:
                 raw=weights,
                 vocabulary=vocabulary,
                 progress=progress,
+                offload=self._offload_plan(load),
             )
 
         try:
@@ -655,10 +674,25 @@ class WorkerShell:
             stop.set()  # or two stages would be in memory once the next is built
             raise
 
+    def _offload_plan(self, load: StageLoad) -> OffloadPlan | None:
+        """Which layers the stage keeps beside the memory. Raises `ConfigError` where this worker may not do that."""
+        from shardwright.model.offload import OffloadPlan
+
+        layers = load.assignment.offloaded_layers
+        if not layers:
+            return None
+        if self._offload is None:
+            raise ConfigError(
+                f"{len(layers)} layers are to be offloaded, but this worker was started without --offload; start it "
+                "with --offload nvme"
+            )
+        return OffloadPlan(layers=layers, tier=self._offload.name, folder=self._offload.folder)
+
     def _unload(self, epoch: Epoch) -> None:
         held = self._held
         if held is None or held.load.assignment.epoch != epoch:
             return
+        self._offload_before = self._offload_counts(held)
         self._held = None
         self._spawn(self._drop(held))
 

@@ -60,6 +60,9 @@ FAMILIES: Final = (
     Family("stage_layers", "gauge", "Layers of the stage."),
     Family("stage_weight_bytes", "gauge", "Weights that the stage holds."),
     Family("stage_kv_bytes", "gauge", "Memory of the stage's KV blocks."),
+    Family("stage_offloaded_bytes", "gauge", "Weights that the stage keeps beside its memory and reads in each step."),
+    Family("offload_read_bytes_total", "counter", "Offloaded weights read back since the process began."),
+    Family("offload_wait_seconds_total", "counter", "Time that steps waited for offloaded weights, since then."),
     Family("stage_queue_depth", "gauge", "Steps that wait for the compute thread."),
     Family("stage_steps_total", "counter", "Steps computed since the stage was loaded."),
     Family("stage_busy_seconds_total", "counter", "Time spent on them."),
@@ -176,6 +179,10 @@ class _Scrape:
             self._put("worker_errors_total", count, kind)
         for source, num_bytes in report.loaded_bytes:
             self._put("weights_loaded_bytes_total", num_bytes, source)
+        if report.offloaded_bytes or report.offload_read_bytes:
+            self._put("stage_offloaded_bytes", report.offloaded_bytes)
+            self._put("offload_read_bytes_total", report.offload_read_bytes)
+            self._put("offload_wait_seconds_total", report.offload_wait_s)
         for phase in report.phases:
             self._put_phase(phase)
         self._put("stage_epoch", report.epoch)

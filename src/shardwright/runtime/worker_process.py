@@ -47,6 +47,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
                 threads=config.threads,
                 memory_bytes=config.memory_bytes,
                 cache_dir=config.cache_dir,
+                offload=config.offload,
             ),
         )
     except BaseException:
@@ -61,6 +62,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
         probe=machine,
         receiver=receiver,
         transport=transport,
+        offload=machine.offload,
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(receiver.close)

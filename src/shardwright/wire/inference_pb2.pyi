@@ -312,7 +312,7 @@ class LayerResult(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorFrame, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenOut, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
 
 class StageAssignment(_message.Message):
-    __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id", "num_sharing")
+    __slots__ = ("epoch", "worker_id", "stage_index", "num_stages", "first_layer", "end_layer", "num_blocks", "block_size", "next_worker_id", "num_sharing", "offloaded_layers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +323,7 @@ class StageAssignment(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NEXT_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARING_FIELD_NUMBER: _ClassVar[int]
+    OFFLOADED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     worker_id: str
     stage_index: int
@@ -333,7 +334,8 @@ class StageAssignment(_message.Message):
     block_size: int
     next_worker_id: str
     num_sharing: int
-    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., next_worker_id: _Optional[str] = ..., num_sharing: _Optional[int] = ...) -> None: ...
+    offloaded_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., next_worker_id: _Optional[str] = ..., num_sharing: _Optional[int] = ..., offloaded_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape", "num_bytes", "sha256")
@@ -472,7 +474,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use", "metrics_port")
+    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use", "metrics_port", "offload", "offload_bytes", "offload_bandwidth")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -490,6 +492,9 @@ class WorkerDescription(_message.Message):
     SHARED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     IN_USE_FIELD_NUMBER: _ClassVar[int]
     METRICS_PORT_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     torch_version: str
@@ -507,7 +512,10 @@ class WorkerDescription(_message.Message):
     shared_memory_bytes: int
     in_use: bool
     metrics_port: int
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ..., metrics_port: _Optional[int] = ...) -> None: ...
+    offload: str
+    offload_bytes: int
+    offload_bandwidth: float
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ..., metrics_port: _Optional[int] = ..., offload: _Optional[str] = ..., offload_bytes: _Optional[int] = ..., offload_bandwidth: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("traces_since",)
@@ -586,7 +594,7 @@ class NamedCount(_message.Message):
     def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class HeartbeatReport(_message.Message):
-    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings", "gpu_temperature_c", "gpu_power_w", "clock_received_s", "clock_sent_s", "weight_bytes", "kv_bytes", "traces", "next_trace", "phases", "link", "errors", "loaded_bytes")
+    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings", "gpu_temperature_c", "gpu_power_w", "clock_received_s", "clock_sent_s", "weight_bytes", "kv_bytes", "traces", "next_trace", "phases", "link", "errors", "loaded_bytes", "offloaded_bytes", "offload_read_bytes", "offload_wait_s")
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
@@ -615,6 +623,9 @@ class HeartbeatReport(_message.Message):
     LINK_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     timestamp: float
     epoch: int
     queue_depth: int
@@ -643,7 +654,10 @@ class HeartbeatReport(_message.Message):
     link: LinkReport
     errors: _containers.RepeatedCompositeFieldContainer[NamedCount]
     loaded_bytes: _containers.RepeatedCompositeFieldContainer[NamedCount]
-    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ..., clock_received_s: _Optional[float] = ..., clock_sent_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., traces: _Optional[_Union[StepTraces, _Mapping]] = ..., next_trace: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTimes, _Mapping]]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., loaded_bytes: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ...) -> None: ...
+    offloaded_bytes: int
+    offload_read_bytes: int
+    offload_wait_s: float
+    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ..., clock_received_s: _Optional[float] = ..., clock_sent_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., traces: _Optional[_Union[StepTraces, _Mapping]] = ..., next_trace: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTimes, _Mapping]]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., loaded_bytes: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., offloaded_bytes: _Optional[int] = ..., offload_read_bytes: _Optional[int] = ..., offload_wait_s: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("epoch",)

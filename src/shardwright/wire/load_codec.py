@@ -194,6 +194,7 @@ def _write_assignment(assignment: StageAssignment) -> pb.StageAssignment:
         block_size=assignment.block_size,
         next_worker_id=assignment.next_worker_id,
         num_sharing=assignment.num_sharing,
+        offloaded_layers=assignment.offloaded_layers,
     )
 
 
@@ -202,6 +203,11 @@ def _read_assignment(source: pb.StageAssignment) -> StageAssignment:
     index = checks.between("StageAssignment.stage_index", source.stage_index, 0, stages - 1)
     end = checks.between("StageAssignment.end_layer", source.end_layer, 1, MAX_LAYERS)
     first = checks.between("StageAssignment.first_layer", source.first_layer, 0, end - 1)
+    offloaded = tuple(source.offloaded_layers)
+    if any(not first <= layer < end for layer in offloaded) or list(offloaded) != sorted(set(offloaded)):
+        raise ProtocolError(
+            f"StageAssignment.offloaded_layers: {list(offloaded[:8])} are not some of the layers {first} to {end - 1}"
+        )
     has_next = source.HasField("next_worker_id")
     if has_next and index == stages - 1:
         raise ProtocolError(f"StageAssignment: the last stage names a next worker, {source.next_worker_id[:64]!r}")
@@ -215,6 +221,7 @@ def _read_assignment(source: pb.StageAssignment) -> StageAssignment:
         block_size=checks.between("StageAssignment.block_size", source.block_size, 1, MAX_BLOCK_SIZE),
         next_worker_id=checks.text("StageAssignment.next_worker_id", source.next_worker_id) if has_next else None,
         num_sharing=checks.between("StageAssignment.num_sharing", max(source.num_sharing, 1), 1, stages),  # absent: one
+        offloaded_layers=offloaded,
     )
 
 

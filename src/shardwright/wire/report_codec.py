@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardwright.types import WEIGHT_SOURCES, Epoch, HeartbeatReport, StepTiming, WorkerDescription
+from shardwright.errors import ProtocolError
+from shardwright.types import OFFLOADS, WEIGHT_SOURCES, Epoch, HeartbeatReport, StepTiming, WorkerDescription
 from shardwright.wire import checks, trace_codec
 from shardwright.wire import inference_pb2 as pb
 from shardwright.wire.limits import MAX_TIMINGS
@@ -64,6 +65,9 @@ def encode_description(description: WorkerDescription) -> bytes:
         shared_memory_bytes=description.shared_memory_bytes,
         in_use=description.in_use,
         metrics_port=description.metrics_port,
+        offload=description.offload,
+        offload_bytes=description.offload_bytes,
+        offload_bandwidth=description.offload_bandwidth,
     )
     return checks.serialize(message)
 
@@ -91,6 +95,9 @@ def decode_description(raw: bytes) -> WorkerDescription:
         shared_memory_bytes=source.shared_memory_bytes,
         in_use=source.in_use,
         metrics_port=checks.between("WorkerDescription.metrics_port", source.metrics_port, 0, 65535),
+        offload=_offload(source.offload),
+        offload_bytes=source.offload_bytes,
+        offload_bandwidth=checks.number("WorkerDescription.offload_bandwidth", source.offload_bandwidth),
     )
 
 
@@ -134,6 +141,9 @@ def encode_report(report: HeartbeatReport) -> bytes:
         link=trace_codec.write_link(report.link),
         errors=trace_codec.write_counts(report.errors),
         loaded_bytes=trace_codec.write_counts(report.loaded_bytes),
+        offloaded_bytes=report.offloaded_bytes,
+        offload_read_bytes=report.offload_read_bytes,
+        offload_wait_s=report.offload_wait_s,
     )
     return checks.serialize(message)
 
@@ -178,7 +188,16 @@ def decode_report(raw: bytes) -> HeartbeatReport:
         link=trace_codec.read_link(source.link) if has("link") else None,
         errors=trace_codec.read_counts("HeartbeatReport.errors", source.errors),
         loaded_bytes=trace_codec.read_counts("HeartbeatReport.loaded_bytes", source.loaded_bytes, WEIGHT_SOURCES),
+        offloaded_bytes=source.offloaded_bytes,
+        offload_read_bytes=source.offload_read_bytes,
+        offload_wait_s=checks.number("HeartbeatReport.offload_wait_s", source.offload_wait_s),
     )
+
+
+def _offload(tier: str) -> str:
+    if tier and tier not in OFFLOADS:
+        raise ProtocolError(f"WorkerDescription.offload is {tier[:64]!r}; known: {', '.join(OFFLOADS)}")
+    return tier
 
 
 def _read_timing(source: pb.StepTiming) -> StepTiming:

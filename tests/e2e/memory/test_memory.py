@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_processes import Running, port_of, processes_in, write_registry
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardwright.config import default_cache_dir
 from shardwright.runtime.bundled import BUNDLED_MODELS, fetch_bundled
@@ -147,6 +148,35 @@ def test_workers_stay_near_their_shard_and_the_master_small(tmp_path, name, sour
     for stage in stages:
         shard = shard_bytes(shapes, stage, config)
         assert peaks[stage["worker"]] < 1.2 * shard + WORKER_ROOM, f"{stage} of {shard} bytes"
+
+
+def test_a_stage_twice_its_memory_answers_exactly_and_stays_within_its_budget(tmp_path):
+    """The layers that don't fit are read from disk in each step; what the process holds stays what it was allowed."""
+    config, shapes = llama(layers=16, hidden=1024, middle=4096, vocabulary=8000)
+    weights = 4 * sum(int(np.prod(shape)) for shape in shapes.values())  # in float32
+    budget = weights // 2
+    with model_folder(tmp_path / "model", "llama", config, shapes), processes_in(tmp_path) as processes:
+        worker, _ = processes.worker(
+            "--cache-dir", tmp_path / "cache1", "--offload", "nvme", "--memory-gib", budget / 2**30
+        )
+        write_registry(tmp_path / "workers.json", [port_of(worker)])
+        asked = (
+            "--model", tmp_path / "model", "--dtype", "float32", "--kv-tokens", 512, "--cache-dir", tmp_path / "cache",
+        )  # fmt: skip
+        planned = processes.run("plan", *asked, "--json")
+        assert planned.wait() == 0, planned.err
+        run = processes.run(
+            "generate", *asked, "--prompt-ids", "5,17,3", "--max-new-tokens", 6, "--json", "--ignore-eos"
+        )
+        assert run.wait(timeout_s=300) == 0, run.err
+        peak = peak_bytes(worker)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    stage = json.loads(planned.out)["stages"][0]
+    assert (stage["start"], stage["end"]) == (0, 16)
+    assert 0.5 * weights < stage["offloaded_bytes"] < weights
+    whole = model.generate(torch.tensor([[5, 17, 3]]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert json.loads(run.out)["token_ids"] == whole[0, 3:].tolist()
+    assert peak < budget + WORKER_ROOM, f"{peak / MIB:.0f} MiB for {budget / MIB:.0f} MiB and {weights / MIB:.0f} whole"
 
 
 @pytest.mark.timeout(900)  # the first run downloads the model

@@ -86,6 +86,25 @@ def test_a_cpu_and_a_gpu_share_a_model(make_whole):
     assert lab.serve(first_stage_is_elsewhere(whole), lab.RAGGED) == lab.whole_answers(whole.model, lab.RAGGED)
 
 
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("family", ["gemma2", "llama", "mixtral"])
+def test_greedy_tokens_on_a_gpu_with_offloaded_layers_are_the_whole_models(family, tier, make_whole, tmp_path):
+    whole = make_whole(family)
+    expected = lab.whole_answers(whole.model, lab.RAGGED)
+    for step in (1, 2):
+        split = lab.SplitModel(
+            whole.folder,
+            1,
+            device=CUDA,
+            offload=lambda layers, step=step: lab.OffloadPlan(
+                layers=tuple(range(layers.start, layers.end, step)), tier=tier, folder=tmp_path
+            ),
+        )
+        assert lab.serve(split, lab.RAGGED) == expected, f"every layer of {step}"
+        for stage in split.stages:
+            stage.close()
+
+
 @pytest.mark.parametrize("family", ["gemma2", "llama", "mixtral"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_picks_what_the_whole_model_picks_but_for_rounding(family, dtype, whole_on_gpu):
