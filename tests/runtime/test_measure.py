@@ -15,7 +15,6 @@ from shardwright.errors import ConfigError
 from shardwright.runtime import measure
 from shardwright.runtime.measure import (
     Memory,
-    available_devices,
     device_memory,
     device_name,
     host_id,
@@ -33,55 +32,6 @@ IN_MEMORY = Path("/dev", "shm")
 
 
 # --- the device --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine that says it has two CUDA GPUs, as far as naming them goes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
-)
-def test_names_lead_to_devices(two_gpus, name, expected):
-    assert str(resolve_device(name)) == expected
-
-
-def test_auto_is_the_cpu_without_a_gpu(no_gpu):
-    assert available_devices() == ("cpu",)
-    assert resolve_device("auto") == CPU
-
-
-def test_auto_is_the_apple_gpu_where_there_is_one(no_gpu, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
-
-
-@pytest.mark.parametrize("name", ["gpu", "tpu:0", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu\n", "meta"])
-def test_an_unknown_device_is_refused_with_those_that_exist(two_gpus, name):
-    with pytest.raises(ConfigError, match=r"choose auto, cpu, cuda, cuda:N or mps .*cpu, cuda:0, cuda:1"):
-        resolve_device(name)
-
-
-def test_an_absent_device_is_refused_with_those_that_exist(two_gpus):
-    with pytest.raises(ConfigError, match=re.escape("'cuda:7', but this machine has only cpu, cuda:0, cuda:1")):
-        resolve_device("cuda:7")
-
-
-def test_a_gpu_on_a_machine_without_one_is_refused(no_gpu):
-    for name in ("cuda", "cuda:0", "mps"):
-        with pytest.raises(ConfigError, match="this machine has only cpu;"):
-            resolve_device(name)
 
 
 def test_the_cpu_has_a_name():

@@ -6,16 +6,17 @@ through the `AttentionPort` that the stage put on the attention module; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from shardwright.errors import UnsupportedModelError
+from shardwright.model.devices import to_device
 from shardwright.model.kv_cache import LayerCache
 from shardwright.types import BlockId, SequenceSlice
 
@@ -120,22 +121,51 @@ class _Group:
     mask: torch.Tensor | None  # [sequences, 1, queries, keys] of 0 and -inf, in the compute dtype
 
 
+_Draft: TypeAlias = Callable[[torch.Tensor], _Group]
+"""Makes a group once the step's integers lie on the device."""
+
+
+class _Integers:
+    """A step's integers, collected so that one copy takes them all to the device."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+
+    def place(self, values: Iterable[int]) -> slice:
+        """Add some, and tell where they will be found."""
+        start = len(self._values)
+        self._values.extend(values)
+        return slice(start, len(self._values))
+
+    def copy_to(self, device: torch.device) -> torch.Tensor:
+        return to_device(torch.tensor(self._values, dtype=torch.int64), device)
+
+
 class StepBatch:
     """One step's ragged batch as tensors: made once before the layers, read by each of them.
 
-    `input_ids` and `position_ids` are [1, tokens], `slots` is [tokens]. Groups of sequences and their masks are made
-    on first use for each window, and shared by the layers that have it.
+    `input_ids` and `position_ids` are [1, tokens], `slots` is [tokens], `logit_rows` those of the activation's rows
+    whose logits are needed (None: no row's). Groups of sequences and their masks are made for each of `windows`, and
+    shared by the layers that have it. Everything that a layer needs is on the device before the first one starts:
+    on a GPU the host must not wait between layers.
     """
 
     def __init__(
-        self, slices: Sequence[SequenceSlice], *, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        slices: Sequence[SequenceSlice],
+        *,
+        windows: Iterable[int | None],
+        logit_rows: Sequence[int] = (),
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_tokens = sum(s.num_tokens for s in slices)
         self._slices = slices
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        self._groups: dict[int | None, list[_Group]] = {}
+        self._integers = _Integers()
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -144,20 +174,20 @@ class StepBatch:
             for position in range(part.start_position, part.context_length):
                 positions.append(position)
                 slots.append(part.block_table[position // block_size] * block_size + position % block_size)
-        packed = torch.tensor([ids, positions, slots], dtype=torch.int64).to(device)
-        self.input_ids = packed[0:1]
-        self.position_ids = packed[1:2]
-        self.slots = packed[2]
+        places = [self._integers.place(values) for values in (ids, positions, slots, logit_rows)]
+        drafts = {window: self._draft_groups(window) for window in windows}
+        integers = self._integers.copy_to(device)
+        self.input_ids, self.position_ids = integers[places[0]][None], integers[places[1]][None]
+        self.slots = integers[places[2]]
+        self.logit_rows = integers[places[3]] if logit_rows else None
+        self._groups = {window: [finish(integers) for finish in some] for window, some in drafts.items()}
 
     def groups(self, window: int | None) -> list[_Group]:
         """The step's sequences as seen through `window`; together they hold every row once."""
-        found = self._groups.get(window)
-        if found is None:
-            found = self._groups[window] = self._make_groups(window)
-        return found
+        return self._groups[window]
 
-    def _make_groups(self, window: int | None) -> list[_Group]:
-        groups: list[_Group] = []
+    def _draft_groups(self, window: int | None) -> list[_Draft]:
+        groups: list[_Draft] = []
         decodes: list[tuple[int, SequenceSlice]] = []
         row = 0
         for part in self._slices:
@@ -185,18 +215,18 @@ class StepBatch:
         """The first position that any of the slice's tokens sees."""
         return 0 if window is None else max(0, part.start_position - window + 1)
 
-    def _single(self, row: int, part: SequenceSlice, window: int | None) -> _Group:
+    def _single(self, row: int, part: SequenceSlice, window: int | None) -> _Draft:
         size = self._block_size
         start, end = self._first_key(part, window), part.context_length
         first_block = start // size
         table = part.block_table[first_block : (end - 1) // size + 1]
         offset = start - first_block * size
-        run = blocks = trim = None
+        run = place = trim = None
         if _follow(table):
             base = table[0] * size + offset
             run = slice(base, base + end - start)
         else:
-            blocks = torch.tensor(table, dtype=torch.int64).to(self._device)
+            place = self._integers.place(table)
             trim = slice(offset, offset + end - start)
         seen_by_all = part.num_tokens == 1
         causal = not seen_by_all and part.start_position == 0 and (window is None or end <= window)
@@ -205,18 +235,19 @@ class StepBatch:
             queries = torch.arange(part.start_position, end, device=self._device)[:, None]
             keys = torch.arange(start, end, device=self._device)[None, :]
             mask = self._additive(keys, queries, window)[None, None]
-        return _Group(
-            rows=slice(row, row + part.num_tokens),
+        rows = slice(row, row + part.num_tokens)
+        return lambda integers: _Group(
+            rows=rows,
             num_sequences=1,
             num_queries=part.num_tokens,
             run=run,
-            blocks=blocks,
+            blocks=None if place is None else integers[place],
             trim=trim,
             causal=causal,
             mask=mask,
         )
 
-    def _decodes(self, decodes: list[tuple[int, SequenceSlice]], window: int | None) -> _Group:
+    def _decodes(self, decodes: list[tuple[int, SequenceSlice]], window: int | None) -> _Draft:
         """One group of all sequences with one new token: their blocks are padded to the longest with its own first."""
         size = self._block_size
         tables: list[tuple[int, ...]] = []
@@ -229,19 +260,25 @@ class StepBatch:
         flat = [b for t in tables for b in t + t[:1] * (width - len(t))]
         rows = [row for row, _ in decodes]
         together = rows[-1] - rows[0] + 1 == len(rows)
-        index = torch.tensor(flat, dtype=torch.int64).to(self._device)
-        bounds = torch.tensor([first_keys, [p.start_position for _, p in decodes]], dtype=torch.int64).to(self._device)
-        keys = bounds[0][:, None] + torch.arange(width * size, device=self._device)
-        return _Group(
-            rows=slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, dtype=torch.int64).to(self._device),
-            num_sequences=len(decodes),
-            num_queries=1,
-            run=None,
-            blocks=index,
-            trim=None,
-            causal=False,
-            mask=self._additive(keys, bounds[1][:, None], window)[:, None, None, :],
-        )
+        rows_place = None if together else self._integers.place(rows)
+        blocks_place, first_place = self._integers.place(flat), self._integers.place(first_keys)
+        position_place = self._integers.place(p.start_position for _, p in decodes)
+
+        def finish(integers: torch.Tensor) -> _Group:
+            keys = integers[first_place][:, None] + torch.arange(width * size, device=self._device)
+            queries = integers[position_place][:, None]
+            return _Group(
+                rows=slice(rows[0], rows[-1] + 1) if rows_place is None else integers[rows_place],
+                num_sequences=len(decodes),
+                num_queries=1,
+                run=None,
+                blocks=integers[blocks_place],
+                trim=None,
+                causal=False,
+                mask=self._additive(keys, queries, window)[:, None, None, :],
+            )
+
+        return finish
 
     def _additive(self, keys: torch.Tensor, queries: torch.Tensor, window: int | None) -> torch.Tensor:
         """0 where a query's position sees a key's, -inf elsewhere."""

@@ -2,6 +2,9 @@
 
 The batch has no influence on any row's choice: what is computed over rows together is exact whatever stands beside
 a row (maxima, selections, element-wise arithmetic), and sums run over one row alone.
+
+Each copy from a GPU makes the host wait for it. What is picked greedily takes one, however many rows there are; what is
+drawn takes a few more, of all rows together.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardwright.model.devices import to_device
 from shardwright.model.sampler_state import SequenceState
 from shardwright.types import SamplingParams, TokenId
 
@@ -79,16 +83,13 @@ def sample(
     num_top = [p.num_top_logprobs for p in params]
     ruled = [row for row, state in enumerate(states) if state is not None]
     drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
-    if not ruled and not drawn:
-        return _picks(logits, logits.argmax(dim=-1), num_top)
     changed = _changed(logits, ruled, params, states) if ruled else None
-    chosen = _greedy(logits, ruled, changed) if len(drawn) < len(params) else [0] * len(params)
+    chosen = _greedy(logits, ruled, changed)
     if drawn:
         us = [uniform(params[row].seed, positions[row]) for row in drawn]
         tokens = _draw(_rows(logits, drawn, ruled, changed), [params[row] for row in drawn], us)
-        for row, token in zip(drawn, tokens, strict=True):
-            chosen[row] = token
-    return _picks(logits, torch.tensor(chosen).to(logits.device), num_top)
+        chosen = _replaced(chosen, drawn, _on(tokens, logits))
+    return _picks(logits, chosen, num_top)
 
 
 def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int]) -> list[Pick]:
@@ -96,7 +97,7 @@ def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int
     picks: list[Pick] = []
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
         piece = slice(start, start + _ROWS_AT_ONCE)
-        picks += _picks(logits[piece].float(), torch.tensor(tokens[piece]).to(logits.device), num_top[piece])
+        picks += _picks(logits[piece].float(), _on(tokens[piece], logits), num_top[piece])
     return picks
 
 
@@ -107,34 +108,43 @@ def _picks(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -
         count = max(_PIECE // logits.shape[1], 1)
         parts = [logits[start : start + count] for start in range(0, len(logits), count)]
         totals = torch.cat([part.logsumexp(dim=-1) for part in parts])
-    logprobs = (logits.gather(1, chosen[:, None])[:, 0] - totals).tolist()
-    tops = _tops(logits, totals.cpu(), num_top) if any(num_top) else {}
-    return [Pick(token, logprobs[row], tops.get(row, ())) for row, token in enumerate(chosen.tolist())]
+    logprobs = logits.gather(1, chosen[:, None])[:, 0] - totals
+    tokens, scores, sums = _together(chosen, logprobs, totals)
+    tops = _tops(logits, sums.view(np.float32), num_top) if any(num_top) else {}
+    pairs = zip(tokens.tolist(), scores.view(np.float32).tolist(), strict=True)
+    return [Pick(token, logprob, tops.get(row, ())) for row, (token, logprob) in enumerate(pairs)]
 
 
-def _tops(logits: torch.Tensor, totals: torch.Tensor, num_top: Sequence[int]) -> dict[int, Ranked]:
+def _together(*tensors: torch.Tensor) -> NDArray[np.int32]:
+    """Equal-sized float32 (as their bits) and token ids, copied from their device at once."""
+    return torch.stack([t.view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]).cpu().numpy()
+
+
+def _tops(logits: torch.Tensor, totals: NDArray[np.float32], num_top: Sequence[int]) -> dict[int, Ranked]:
     """The likeliest tokens of the rows that want some."""
     rows = [row for row, count in enumerate(num_top) if count]
-    leaders = _Leaders(_select(logits, rows), max(num_top) + _SPARE)
+    leaders = _Leaders(select_rows(logits, rows), max(num_top) + _SPARE)
     tops: dict[int, Ranked] = {}
     for place, row in enumerate(rows):
         values, ids = leaders.first(place, min(num_top[row], leaders.vocabulary))
-        tops[row] = tuple(zip(ids.tolist(), (values - totals[row].numpy()).tolist(), strict=True))
+        tops[row] = tuple(zip(ids.tolist(), (values - totals[row]).tolist(), strict=True))
     return tops
 
 
-def _greedy(logits: torch.Tensor, ruled: list[int], changed: torch.Tensor | None) -> list[TokenId]:
-    chosen: list[TokenId] = logits.argmax(dim=-1).tolist()
-    if changed is not None:
-        for row, token in zip(ruled, changed.argmax(dim=-1).tolist(), strict=True):
-            chosen[row] = token
-    return chosen
+def _greedy(logits: torch.Tensor, ruled: list[int], changed: torch.Tensor | None) -> torch.Tensor:
+    chosen = logits.argmax(dim=-1)
+    return chosen if changed is None else _replaced(chosen, ruled, changed.argmax(dim=-1))
+
+
+def _replaced(chosen: torch.Tensor, rows: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    """`chosen` with other tokens in some rows."""
+    return tokens if len(rows) == len(chosen) else chosen.index_copy(0, _on(rows, chosen), tokens)
 
 
 def _rows(logits: torch.Tensor, rows: list[int], ruled: list[int], changed: torch.Tensor | None) -> torch.Tensor:
     """Some rows of the logits, those with rules as these changed them."""
     if changed is None:
-        return _select(logits, rows)
+        return select_rows(logits, rows)
     if rows == ruled:
         return changed
     places = {row: place for place, row in enumerate(ruled)}
@@ -146,7 +156,7 @@ def _changed(
 ) -> torch.Tensor:
     """The rows that have penalties or rules, after these."""
     held = [state for state in states if state is not None]
-    changed = logits.clone() if len(ruled) == len(logits) else logits[ruled]
+    changed = logits.clone() if len(ruled) == len(logits) else select_rows(logits, ruled)
     _add_biases(changed, held)
     _take_penalties(changed, [params[row] for row in ruled], held)
     _limit(changed, held)
@@ -224,7 +234,11 @@ def _shift_out(words: torch.Tensor) -> torch.Tensor:
 
 
 def _to(values: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device)
+    return to_device(torch.from_numpy(values), like.device)
+
+
+def _on(values: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(values, dtype=torch.int64), like.device)
 
 
 def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], us: Sequence[float]) -> list[TokenId]:
@@ -235,14 +249,14 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], us: Sequence[f
     # A nucleus is a part of the whole row, unless top-k has cut it first.
     summed = sorted(plain + [row for row in ranked if not params[row].top_k and params[row].top_p < 1.0])
     sums = _sum_rows(logits, summed, params) if summed else {}
-    for row in plain:
-        tokens[row] = sums[row].invert(us[row])
+    for row, token in zip(plain, _invert([sums[row] for row in plain], [us[row] for row in plain]), strict=True):
+        tokens[row] = token
     short = [row for row in ranked if 0 < params[row].top_k <= _CANDIDATES]  # top-k says how few have to be sorted
     for rows in (short, [row for row in ranked if row not in set(short)]):
         if not rows:
             continue
         count = max(params[row].top_k for row in rows) + _SPARE if rows is short else _CANDIDATES
-        leaders = _Leaders(_select(logits, rows), count)
+        leaders = _Leaders(select_rows(logits, rows), count)
         for place, row in enumerate(rows):
             total = sums[row].total if row in sums else None
             tokens[row] = _draw_ranked(leaders, place, params[row], total, us[row])
@@ -287,12 +301,19 @@ class _RowSums:
     def total(self) -> float:
         return float(self.cumulated[-1])
 
-    def invert(self, u: float) -> TokenId:
-        """The first token, by id, whose cumulated weight exceeds u of the whole."""
-        chunk = _find(self.cumulated, u * self.total)
-        before = float(self.cumulated[chunk - 1]) if chunk else 0.0
-        inside = np.cumsum(self.weights[chunk].cpu().numpy(), dtype=np.float64)
-        return chunk * _CHUNK + _find(inside, u * self.total - before)
+
+def _invert(sums: list[_RowSums], us: list[float]) -> list[TokenId]:
+    """For each row the first token, by id, whose cumulated weight exceeds u of the whole."""
+    if not sums:
+        return []
+    chunks = [_find(row.cumulated, u * row.total) for row, u in zip(sums, us, strict=True)]
+    held = torch.stack([row.weights[chunk] for row, chunk in zip(sums, chunks, strict=True)]).cpu().numpy()
+    tokens: list[TokenId] = []
+    for place, (row, chunk) in enumerate(zip(sums, chunks, strict=True)):
+        before = float(row.cumulated[chunk - 1]) if chunk else 0.0
+        inside = np.cumsum(held[place], dtype=np.float64)
+        tokens.append(chunk * _CHUNK + _find(inside, us[place] * row.total - before))
+    return tokens
 
 
 def _sum_rows(logits: torch.Tensor, rows: list[int], params: Sequence[SamplingParams]) -> dict[int, _RowSums]:
@@ -319,7 +340,8 @@ class _Leaders:
         self.vocabulary = logits.shape[1]
         self._logits = logits
         values, ids = logits.topk(min(count, self.vocabulary), dim=-1)
-        self._values, self._ids = values.cpu().numpy(), ids.cpu().numpy()
+        together = _together(values, ids)
+        self._values, self._ids = together[0].view(np.float32), together[1].astype(np.int64)
         for row in np.flatnonzero((self._values[:, 1:] == self._values[:, :-1]).any(axis=1)):
             self._ids[row] = self._ids[row][np.lexsort((self._ids[row], -self._values[row]))]  # topk orders them anyhow
 
@@ -344,6 +366,6 @@ def _largest(values: torch.Tensor, count: int) -> tuple[NDArray[np.float32], NDA
     return values[ids].cpu().numpy(), ids.cpu().numpy()
 
 
-def _select(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def select_rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """These rows, in rising order; not a copy where they are all."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits.index_select(0, _on(rows, logits))

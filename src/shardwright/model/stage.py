@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from shardwright.errors import ConfigError, FrameError
 from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
+from shardwright.model.devices import check_dtype, resolve_device, to_device
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
@@ -23,7 +24,7 @@ from shardwright.model.linear import PackedLinear, can_pack, pack_linear
 from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampler_state import SamplerStates, SequenceState
-from shardwright.model.sampling import sample, score
+from shardwright.model.sampling import sample, score, select_rows
 from shardwright.model.skeleton import StageEnd
 from shardwright.model.vocabulary import decode_vocabulary
 from shardwright.model.weights import load_weights
@@ -72,7 +73,8 @@ def build_stage(
     `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
     fit.
     """
-    torch_dtype, torch_device = find_dtype(dtype), find_device(device)
+    torch_dtype, torch_device = find_dtype(dtype), resolve_device(device)
+    check_dtype(torch_dtype, torch_device)
     tokens = None if vocabulary is None else decode_vocabulary(vocabulary)
     config = read_config(config_json)
     plan = plan_family(config)
@@ -102,23 +104,6 @@ def find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r}; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, if this machine has it. Raises `ConfigError`."""
-    kind, _, index = name.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (index and (kind != "cuda" or not index.isdecimal())):
-        raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or mps")
-    if kind == "cuda":
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise ConfigError(f"device {name!r} asks for a GPU, but torch finds none on this machine; use cpu")
-        if int(index or 0) >= count:
-            raise ConfigError(f"device {name!r} asks for GPU {index}, but this machine has 0 to {count - 1}")
-        return torch.device("cuda", int(index or 0))
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device 'mps' is not available on this machine; use cpu")
-    return torch.device(kind)
 
 
 class Stage:
@@ -152,6 +137,7 @@ class Stage:
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
+        self._windows: dict[int | None, None] = {}  # that the stage's layers see through
         self._logit_rows: torch.Tensor | None = None
         self._caches: list[LayerCache] = []
         self._arriving = [] if is_first else plan.probed.crossing(layers.start)
@@ -166,6 +152,7 @@ class Stage:
                 port = PagedLayer(cache, self._cell, attention.window)
                 setattr(layer.get_submodule(attention.module), PORT_ATTRIBUTE, port)
                 self._caches.append(cache)
+                self._windows[attention.window] = None
         self._hook_layers()
 
     @property
@@ -198,9 +185,14 @@ class Stage:
         wanted = self._wanted(step)
         self._inbox = self._received(tensors, step.num_tokens)
         self._cell.batch = batch = StepBatch(
-            step.slices, block_size=self._block_size, dtype=self._dtype, device=self._device
+            step.slices,
+            windows=self._windows,
+            logit_rows=wanted.rows,
+            block_size=self._block_size,
+            dtype=self._dtype,
+            device=self._device,
         )
-        self._logit_rows = torch.tensor(wanted.rows, dtype=torch.int64).to(self._device) if wanted.rows else None
+        self._logit_rows = batch.logit_rows
         try:
             output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         except StageEnd as end:
@@ -264,7 +256,7 @@ class Stage:
                 raise FrameError(f"{name!r} has the shape {list(tensors[name].shape)}, not {list(expected)}")
             if not tensors[name].is_floating_point():
                 raise FrameError(f"{name!r} has the dtype {tensors[name].dtype}, which no activation has")
-        return {name: shape.unpack(tensors[name].to(self._device)) for name, shape in shapes.items()}
+        return {name: shape.unpack(to_device(tensors[name], self._device)) for name, shape in shapes.items()}
 
     def _sent(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the next stage takes: the hidden states, and for it and those behind it what travels beside them."""
@@ -354,7 +346,7 @@ def _sample(logits: torch.Tensor, wanted: _Wanted) -> tuple[TokenOut, ...]:
     if not sampled:
         return ()
     if wanted.scored:
-        logits = logits[[one.row for one in sampled]]
+        logits = select_rows(logits, [one.row for one in sampled])
     picks = sample(
         logits,
         [one.params for one in sampled],

@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shardwright.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
@@ -58,35 +56,10 @@ class Memory:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `mps`.
+    """The device of a name (`model.devices`), for those who must not wait for torch before they need it."""
+    from shardwright.model import devices
 
-    A GPU always comes with its number, so that equal devices have equal names. Raises `ConfigError` for a name that
-    is none of these and for a device that this machine lacks; the message lists those that it has.
-    """
-    import torch
-
-    present = available_devices()
-    if name == "auto":
-        return torch.device(present[min(1, len(present) - 1)])  # the first GPU, if there is one
-    if re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) is None:
-        raise ConfigError(
-            f"device is {name!r}; choose auto, cpu, cuda, cuda:N or mps (this machine has {', '.join(present)})"
-        )
-    wanted = "cuda:0" if name == "cuda" else name
-    if wanted not in present:
-        raise ConfigError(
-            f"device is {name!r}, but this machine has only {', '.join(present)}; use one of these or auto"
-        )
-    return torch.device(wanted)
-
-
-def available_devices() -> tuple[str, ...]:
-    """Every device that torch can use here; `cpu` is always the first."""
-    import torch
-
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return ("cpu", *gpus, *mps)
+    return devices.resolve_device(name)
 
 
 def device_name(device: torch.device) -> str:

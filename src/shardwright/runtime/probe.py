@@ -38,12 +38,14 @@ class Machine:
 
         The disk that holds `cache_dir` is measured when that is asked for; None: no disk is.
         """
+        from shardwright.model.devices import half_dtype
+
         self.device = resolve_device(device)
         self.num_threads = threads or usable_cores()
         self._memory_bytes = memory_bytes
         self._cache_dir = cache_dir
         self._device_name = device_name(self.device)
-        self._speed = measure_speed(self.device, num_threads=self.num_threads)
+        self._speed = measure_speed(self.device, num_threads=self.num_threads, dtype=half_dtype(self.device))
         self._monitor = MachineMonitor(
             device=str(self.device),
             device_name=self._device_name,

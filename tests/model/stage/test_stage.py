@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardwright.errors import ConfigError, FrameError
 from shardwright.model.linear import PackedLinear, can_pack
-from shardwright.model.stage import find_device, find_dtype
+from shardwright.model.stage import find_dtype
 from shardwright.types import SamplingParams, SequenceSlice, StepInput
 
 CPU = torch.device("cpu")
@@ -184,24 +184,6 @@ def test_a_closed_stage_holds_nothing(middle):
     middle.close()
     assert middle.kv_bytes == 0
     assert middle.weight_bytes == 0
-
-
-@pytest.mark.parametrize("name", ["tpu", "cpu:1", "cuda:x", "cuda:-1", "mps:0", "", "CPU"])
-def test_an_unknown_device_is_refused_by_name(name):
-    with pytest.raises(ConfigError, match=f"unknown device '{name}'"):
-        find_device(name)
-
-
-def test_a_device_that_this_machine_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in ("cuda", "cuda:0", "mps"):
-        with pytest.raises(ConfigError, match="use cpu"):
-            find_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="0 to 1"):
-        find_device("cuda:2")
 
 
 def test_an_unknown_dtype_is_refused_by_name():
