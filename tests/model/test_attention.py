@@ -84,9 +84,7 @@ def run(layer, cell, parts):
         )
         for index, (sequence, start, end, _) in enumerate(parts)
     ]
-    cell.batch = StepBatch(
-        slices, windows=[layer._window], block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU
-    )
+    cell.batch = StepBatch(slices, windows=[layer._window], block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU)
     q, k, v = (
         torch.cat([getattr(s, name)[start:end] for s, start, end, _ in parts]).transpose(0, 1)[None] for name in "qkv"
     )

@@ -48,7 +48,9 @@ def test_auto_is_the_apple_gpu_where_there_is_one(no_gpu, monkeypatch):
     assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
 
 
-@pytest.mark.parametrize("name", ["gpu", "tpu:0", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu:1", "mps:0", "cpu\n", "meta"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "tpu:0", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu:1", "mps:0", "cpu\n", "meta"]
+)
 def test_an_unknown_device_is_refused_with_those_that_exist(two_gpus, name):
     with pytest.raises(ConfigError, match=r"choose auto, cpu, cuda, cuda:N or mps .*cpu, cuda:0, cuda:1"):
         resolve_device(name)
@@ -77,8 +79,8 @@ def test_the_launcher_and_the_stage_ask_the_same_question(two_gpus):
 @pytest.fixture(params=[(7, 5), (8, 0), (9, 0)], ids=["turing", "ampere", "hopper"])
 def capability(request, monkeypatch):
     """A GPU that says it is of this generation."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Some GPU")
     return request.param
 
 

@@ -48,7 +48,7 @@ _READS_ON_THE_HOST = (
 )
 
 
-class HostWaited(AssertionError):
+class HostWaitedError(AssertionError):
     """The host waits for the GPU, or a tensor lies elsewhere than on it, where neither may be."""
 
 
@@ -60,7 +60,7 @@ def fake_gpu(capability: tuple[int, int] = AMPERE, *, reads_real_tensors: bool =
         for name, value in {
             "is_available": lambda: True,
             "device_count": lambda: 1,
-            "get_device_capability": lambda device=None: capability,
+            "get_device_capability": lambda _=None: capability,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
@@ -69,7 +69,7 @@ def fake_gpu(capability: tuple[int, int] = AMPERE, *, reads_real_tensors: bool =
 
 def _pin(tensor: torch.Tensor) -> torch.Tensor:
     """A build of torch without CUDA has no pinned memory: the copy is marked."""
-    copy = tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)  # a clone of one number would be computed with
     copy.is_pinned_here = True
     return copy
 
@@ -98,7 +98,7 @@ def _device_guard() -> Iterator[None]:
 
 
 class HostWatch(TorchDispatchMode):
-    """Raises `HostWaited` for what a layer may not do on a GPU, while one of the watched layers is running.
+    """Raises `HostWaitedError` for what a layer may not do on a GPU, while one of the watched layers is running.
 
     No operation reads a result on the host, none takes or gives a tensor on the CPU, and nothing is copied from or to
     it. Outside layers nothing may be copied back, and what goes to the GPU goes at once, from pinned memory; both are
@@ -122,14 +122,16 @@ class HostWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func).removesuffix(".default")
+        if name.startswith("prim."):  # asks a tensor for its device or layout
+            return func(*args, **kwargs)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         where = f"{name} in {self._layers[-1]}" if self._layers else name
         if name.startswith(_READS_ON_THE_HOST) and any(t.device == CUDA for t in given):
-            raise HostWaited(f"{where} makes the host wait for the GPU")
-        if name.startswith(("aten.index", "aten._index_put")) and any(t.dtype == torch.bool for t in given[1:]):
-            raise HostWaited(f"{where} takes a mask as index: the host waits for how many it has")
+            raise HostWaitedError(f"{where} makes the host wait for the GPU")
+        if name.startswith(("aten.index", "aten._index_put")) and _counts_a_mask(given):
+            raise HostWaitedError(f"{where} takes a mask as index: the host waits for how many it has")
         if name.startswith(("aten._grouped_mm", "aten.grouped_mm")) and given[0].dtype != torch.bfloat16:
-            raise HostWaited(f"{where} has a kernel of its own in bfloat16 only; in {given[0].dtype} it reads the sizes")
+            raise HostWaitedError(f"{where} has a kernel for bfloat16 only; in {given[0].dtype} it reads the sizes")
         with self:  # in inference mode torch hands over what consists of other operations
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -140,7 +142,7 @@ class HostWatch(TorchDispatchMode):
         if self._layers:
             strays = [t for t in (*given, *made) if t.device != CUDA]
             if strays:
-                raise HostWaited(f"{where} has a tensor {list(strays[0].shape)} on {strays[0].device}")
+                raise HostWaitedError(f"{where} has a tensor {list(strays[0].shape)} on {strays[0].device}")
         return result
 
     def _check_copy(self, where: str, name: str, given: Any, made: Any, kwargs: dict[str, Any]) -> None:
@@ -153,10 +155,15 @@ class HostWatch(TorchDispatchMode):
         if target.device == source.device:
             return
         if source.device == CUDA:
-            raise HostWaited(f"{where} copies {list(source.shape)} from the GPU")
+            raise HostWaitedError(f"{where} copies {list(source.shape)} from the GPU")
         if waits or not hasattr(source, "is_pinned_here"):
-            raise HostWaited(f"{where} copies {list(source.shape)} to the GPU and waits for it")
+            raise HostWaitedError(f"{where} copies {list(source.shape)} to the GPU and waits for it")
         self.copies_in += 1
+
+
+def _counts_a_mask(given: list[torch.Tensor]) -> bool:
+    """Whether an index is a mask; to write one value under it torch fills instead, and counts nothing."""
+    return any(t.dtype == torch.bool for t in given[1:]) and not (len(given) == 3 and given[2].numel() == 1)
 
 
 class HostReads:
@@ -196,7 +203,7 @@ def _outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
 def _some_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Falling along the last dimension, none equal to its neighbour and none negative, as sorted logits are."""
     row = torch.arange(shape[-1] if shape else 1).flip(0)
-    return row.expand(shape if shape else (1,)).to(dtype).reshape(shape).clone()
+    return row.expand(shape or (1,)).to(dtype).reshape(shape).clone()
 
 
 def fake_stages(

@@ -13,6 +13,7 @@ from shardwright.model.supported import SPLITTABLE_FAMILIES
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", SPLITTABLE_FAMILIES)
 def test_greedy_tokens_are_the_whole_models(family, tmp_path):
