@@ -12,6 +12,7 @@ MODEL := smollm2-135m
 WORKERS := 2
 PORT := 8000
 SEEDS := 1000
+REPORT := gpu-report.md
 
 # Handed to recipes through the environment, unexpanded, so that quotes, spaces and dollar signs stay as typed.
 export DEMO_PROMPT := $(value PROMPT)
@@ -19,10 +20,11 @@ export DEMO_MODEL := $(value MODEL)
 export DEMO_WORKERS := $(value WORKERS)
 export SERVE_PORT := $(value PORT)
 export SIM_SEEDS := $(value SEEDS)
+export GPU_REPORT := $(value REPORT)
 export VENV_PYTHON := $(value PYTHON)
-unexport PROMPT MODEL WORKERS PORT SEEDS
+unexport PROMPT MODEL WORKERS PORT SEEDS REPORT
 
-.PHONY: help venv demo serve test test-slow test-programs sim lint bench clean
+.PHONY: help venv demo serve test test-slow gpu-check test-programs sim lint bench clean
 
 help:  ## list what there is
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +58,9 @@ test: $(STAMP)  ## run the tests, but for the slow ones and those that need a GP
 
 test-slow: $(STAMP)  ## run the slow tests; some need Node.js, Chromium (make test-programs) or Debian's packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+
+gpu-check: $(STAMP)  ## test and measure on this machine's GPUs, and write REPORT=gpu-report.md (and .json)
+	@$(BIN)/python tools/gpu_check.py --report "$$GPU_REPORT"
 
 test-programs:  ## install Chromium for the dashboard's tests (Debian or Ubuntu, as root)
 	@tools/install_test_programs.sh

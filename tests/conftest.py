@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests on machines without an NVIDIA device; torch is not imported to find out."""
-    if Path("/dev/nvidiactl").exists():
+    if any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg")):  # Linux's, and Windows' inside WSL
         return
     skip = pytest.mark.skip(reason="this machine has no GPU")
     for item in items:
