@@ -101,12 +101,14 @@ class HostWatch(TorchDispatchMode):
     """Raises `HostWaitedError` for what a layer may not do on a GPU, while one of the watched layers is running.
 
     No operation reads a result on the host, none takes or gives a tensor on the CPU, and nothing is copied from or to
-    it. Outside layers nothing may be copied back, and what goes to the GPU goes at once, from pinned memory; both are
-    counted.
+    it. Outside layers nothing may be copied back, and what goes to the GPU comes from pinned memory without a wait; how
+    often is counted. With `allow_outside`, copies that wait are counted too, outside layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_outside: bool = False) -> None:
         super().__init__()
+        self._allow_outside = allow_outside
+        self.waits_outside = 0
         self._layers: list[str] = []
         self.copies_in = 0
 
@@ -156,6 +158,9 @@ class HostWatch(TorchDispatchMode):
             return
         if source.device == CUDA:
             raise HostWaitedError(f"{where} copies {list(source.shape)} from the GPU")
+        if self._allow_outside and not self._layers and not hasattr(source, "is_pinned_here"):
+            self.waits_outside += 1
+            return
         if waits or not hasattr(source, "is_pinned_here"):
             raise HostWaitedError(f"{where} copies {list(source.shape)} to the GPU and waits for it")
         self.copies_in += 1

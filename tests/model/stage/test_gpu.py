@@ -18,10 +18,15 @@ ROUNDINGS = 8
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
+def exact_products():
     """Float32 as such: TF32 would round both sides alike, but not every batch alike."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
 
 
 @pytest.fixture
