@@ -70,7 +70,7 @@ def test_every_file_that_is_named_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_make_target_that_is_named_exists(document):
-    named = {match[1] for code in code_of(document) if (match := re.match(r"make ([a-z]+)", code))}
+    named = {match[1] for code in code_of(document) if (match := re.match(r"make ([a-z-]+)", code))}
     assert named <= makefile_targets()
 
 
