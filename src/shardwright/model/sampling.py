@@ -84,12 +84,13 @@ def sample(
     ruled = [row for row, state in enumerate(states) if state is not None]
     drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
     changed = _changed(logits, ruled, params, states) if ruled else None
-    chosen = _greedy(logits, ruled, changed)
-    if drawn:
-        us = [uniform(params[row].seed, positions[row]) for row in drawn]
-        tokens = _draw(_rows(logits, drawn, ruled, changed), [params[row] for row in drawn], us)
-        chosen = _replaced(chosen, drawn, _on(tokens, logits))
-    return _picks(logits, chosen, num_top)
+    if not drawn:
+        return _picks(logits, _greedy(logits, ruled, changed), num_top)
+    us = [uniform(params[row].seed, positions[row]) for row in drawn]
+    tokens = _on(_draw(_rows(logits, drawn, ruled, changed), [params[row] for row in drawn], us), logits)
+    if len(drawn) == len(params):
+        return _picks(logits, tokens, num_top)
+    return _picks(logits, _replaced(_greedy(logits, ruled, changed), drawn, tokens), num_top)
 
 
 def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int]) -> list[Pick]:
