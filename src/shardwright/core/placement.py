@@ -326,9 +326,10 @@ def _misfit(weights: StageWeights, workers: Sequence[WorkerCapacity], usable: Se
     have = f"the largest ({largest.worker_id}) offers {_gib(largest.memory_bytes)}"
     have += f", the {count} together {_gib(together)}"
     offers = any(w.offload_bytes > 0 and w.offload_bandwidth > 0 for w in workers)
-    tier = (
-        "What may be offloaded is not enough" if offers else "Workers that may offload layers (--offload nvme) help too"
-    )
+    if offers:
+        tier = "Offloading layers is not enough: embedding, head, KV and buffers for two layers stay in memory"
+    else:
+        tier = "Workers that may offload layers (--offload nvme) help too"
     return (
         f"{costs.name} needs {_gib(whole)} ({_gib(weights.held(0, costs.num_layers))} of weights, KV for "
         f"{settings.min_kv_tokens} tokens, and workspace) and a layer can't be divided; {have}. "

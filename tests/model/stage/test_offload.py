@@ -12,7 +12,7 @@ import split_models as lab
 import torch
 
 from shardwright.errors import ConfigError, OffloadError
-from shardwright.model import offload_store
+from shardwright.model import offload, offload_store
 from shardwright.model.offload import OffloadPlan
 from shardwright.model.offload_store import ALIGNMENT, DiskStore, HostStore, aligned_buffer
 from shardwright.runtime.measure import cached_part
@@ -192,6 +192,23 @@ def test_what_was_read_is_not_in_the_page_cache(tmp_path):
     cached = cached_part(store.fileno(), 4 << 20)
     store.close()
     assert cached < 0.3
+
+
+def test_layers_in_the_hosts_memory_compute_the_same(make_whole, tmp_path, monkeypatch):
+    """The way that a GPU's offloaded layers take, with memory that is not pinned and the CPU in the GPU's place."""
+    monkeypatch.setattr(offload, "check_tier", lambda *_: None)
+    monkeypatch.setattr(offload, "HostStore", lambda: HostStore(pinned=False))
+    whole = make_whole("llama")
+    split = lab.SplitModel(
+        whole.folder,
+        2,
+        offload=lambda layers: OffloadPlan(
+            layers=tuple(range(layers.start, layers.end)), tier="cpu", folder=tmp_path / "none"
+        ),
+    )
+    assert lab.serve(split, lab.RAGGED) == lab.whole_answers(whole.model, lab.RAGGED)
+    assert not (tmp_path / "none").exists()
+    close_all(split)
 
 
 def test_offloading_to_the_hosts_memory_needs_a_gpu(make_whole, tmp_path):
