@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, S
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
-from shardwright.model.linear import PackedLinear, can_pack, pack_linear
+from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampler_state import SamplerStates, SequenceState
@@ -64,10 +65,11 @@ def build_stage(
     raw: RawTensors,
     progress: Callable[[int], None],
     vocabulary: bytes | None = None,
+    kernel_dir: Path | None = None,
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
 
-    `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
+    `progress` gets the bytes of `raw` used so far. `kernel_dir` keeps compiled kernels; without it torch's are used. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
     without which the last stage follows no grammars. Raises `ConfigError` for a device or dtype that can't be used,
     `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
     fit.
@@ -78,9 +80,10 @@ def build_stage(
     plan = plan_family(config)
     model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
 
+    linears = choose_linears(torch_dtype, torch_device, kernel_dir)
+
     def finish(name: str) -> None:
-        if can_pack(torch_dtype, torch_device):
-            pack_linear(model, name)
+        pack_linear(model, name, linears)
 
     load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
     return Stage(

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from shardwright.core.effects import (
@@ -291,9 +292,11 @@ class WorkerShell:
         probe: MachineProbe,
         receiver: WeightReceiver,
         transport: Transport,
+        kernel_dir: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
+        self._kernel_dir = kernel_dir
         self._num_threads = num_threads
         self._threads_set = 0
         self._probe = probe
@@ -647,6 +650,7 @@ class WorkerShell:
                 raw=weights,
                 vocabulary=vocabulary,
                 progress=progress,
+                kernel_dir=self._kernel_dir,
             )
 
         try:

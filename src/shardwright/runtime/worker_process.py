@@ -61,6 +61,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
         probe=machine,
         receiver=receiver,
         transport=transport,
+        kernel_dir=config.cache_dir / "kernels",
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(receiver.close)
