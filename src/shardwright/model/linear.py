@@ -54,7 +54,8 @@ class KernelLinear(nn.Module):
     filled anew.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, product: Product, product_rows: int) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, product: Product, product_rows: int) -> None:
+        """`weight` and `bias` are the plain layer's parameters."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
@@ -233,7 +234,8 @@ def pack_linear(model: nn.Module, module_name: str, linears: Linears | None = No
     # a subclass may compute something else; weights that a family keeps in float32 stay as they are
     if type(module) is not nn.Linear or module.weight.dtype != linears.dtype:
         return False
-    if linears.product is not None and module.weight.is_contiguous():
+    biased = module.bias is None or module.bias.dtype == linears.dtype
+    if linears.product is not None and biased and module.weight.is_contiguous():
         swapped: nn.Module = KernelLinear(module.weight, module.bias, linears.product, linears.product_rows)
     elif linears.packs and not _is_shared(model, module):
         swapped = PackedLinear(module.weight, module.bias)

@@ -69,8 +69,9 @@ def build_stage(
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
 
-    `progress` gets the bytes of `raw` used so far. `kernel_dir` keeps compiled kernels; without it torch's are used. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
-    without which the last stage follows no grammars. Raises `ConfigError` for a device or dtype that can't be used,
+    `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
+    without which the last stage follows no grammars. `kernel_dir` keeps the compiled kernel of linear layers, without
+    which they are torch's own. Raises `ConfigError` for a device or dtype that can't be used,
     `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
     fit.
     """
