@@ -10,7 +10,7 @@ from torch import nn
 from shardwright.model import linear as linear_module
 from shardwright.model import product as product_module
 from shardwright.model.linear import KernelLinear, Linears, choose_linears, pack_linear
-from shardwright.model.product import find_product
+from shardwright.model.product import built_product, find_product
 
 DTYPES = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # what one rounding may change, relative
@@ -227,6 +227,13 @@ def test_what_was_built_is_found_again(product, kernels, monkeypatch):
     find_product.cache_clear()
     assert find_product(kernels) is not None
     assert len(list(kernels.glob("product-*.so"))) == 1
+
+
+def test_asking_for_what_was_built_builds_nothing(product, kernels, tmp_path, caplog):
+    assert built_product(tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
+    assert built_product(kernels) is find_product(kernels)
+    assert not caplog.records
 
 
 def test_of_workers_that_start_at_once_one_builds(tmp_path, monkeypatch):

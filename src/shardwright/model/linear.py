@@ -234,8 +234,8 @@ def pack_linear(model: nn.Module, module_name: str, linears: Linears | None = No
     # a subclass may compute something else; weights that a family keeps in float32 stay as they are
     if type(module) is not nn.Linear or module.weight.dtype != linears.dtype:
         return False
-    biased = module.bias is None or module.bias.dtype == linears.dtype
-    if linears.product is not None and biased and module.weight.is_contiguous():
+    same = getattr(module.bias, "dtype", linears.dtype) == linears.dtype
+    if linears.product is not None and same and module.weight.is_contiguous():
         swapped: nn.Module = KernelLinear(module.weight, module.bias, linears.product, linears.product_rows)
     elif linears.packs and not _is_shared(model, module):
         swapped = PackedLinear(module.weight, module.bias)

@@ -99,6 +99,14 @@ class Product:
         return torch.allclose(self.linear(x, weight, None).float(), expected, atol=1e-2, rtol=1e-2)
 
 
+def built_product(folder: Path) -> Product | None:
+    """The kernel if it was built for this CPU in `folder` before; nothing is built and nothing logged."""
+    try:
+        return find_product(folder) if _library(folder)[0].exists() else None
+    except (KernelUnavailableError, OSError):
+        return None
+
+
 @functools.cache
 def find_product(folder: Path) -> Product | None:
     """The kernel, built for this CPU in `folder` unless it lies there already; None where that can't be.
@@ -123,8 +131,8 @@ def _parallel_address() -> int:
     return address
 
 
-def _built(folder: Path) -> Path:
-    """The path of the library."""
+def _library(folder: Path) -> tuple[Path, list[str], bytes]:
+    """The library's path, whether it exists or not, and the command and the source that it is made with."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelUnavailableError(f"no C++ compiler is installed (looked for {', '.join(COMPILERS)})")
@@ -133,9 +141,14 @@ def _built(folder: Path) -> Path:
     command = [compiler, *FLAGS, native]
     parts = (source, " ".join(command).encode(), _compiler_version(compiler), _cpu_features())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return folder / f"product-{key[:32]}.so", command, source
+
+
+def _built(folder: Path) -> Path:
+    """The path of the library, which exists."""
+    library, command, source = _library(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
-    library = folder / f"product-{key[:32]}.so"
     if not library.exists():
         with _locked(folder / "lock"):
             if not library.exists():  # another process may have built it while this one waited

@@ -33,17 +33,27 @@ class Machine:
     Making one takes up to a second: the device is measured. Raises `ConfigError` for a device that isn't there.
     """
 
-    def __init__(self, *, device: str, threads: int, memory_bytes: int, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: str,
+        threads: int,
+        memory_bytes: int,
+        cache_dir: Path | None = None,
+        kernel_dir: Path | None = None,
+    ) -> None:
         """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free.
 
-        The disk that holds `cache_dir` is measured when that is asked for; None: no disk is.
+        The disk that holds `cache_dir` is measured when that is asked for; None: no disk is. `kernel_dir` keeps the
+        compiled kernel that stages use.
         """
         self.device = resolve_device(device)
         self.num_threads = threads or usable_cores()
         self._memory_bytes = memory_bytes
         self._cache_dir = cache_dir
+        self._kernel_dir = kernel_dir
         self._device_name = device_name(self.device)
-        self._speed = measure_speed(self.device, num_threads=self.num_threads)
+        self._speed = measure_speed(self.device, num_threads=self.num_threads, kernel_dir=kernel_dir)
         self._monitor = MachineMonitor(
             device=str(self.device),
             device_name=self._device_name,
@@ -98,7 +108,7 @@ class Machine:
 
     def measure_speed(self, dtype: str) -> Speed:
         """Read bandwidth, and matrix rate at the dtype, now. Blocks for a second; call it where stages compute."""
-        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype)
+        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype, kernel_dir=self._kernel_dir)
 
     def measure_disk(self) -> float | None:
         """Bytes/s that weights in the tensor cache can be read with; None where that can't be measured. Blocks."""
