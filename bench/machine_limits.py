@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from shardwright.config import default_cache_dir
 from shardwright.model.linear import PackedLinear, can_pack
+from shardwright.model.product import find_product
 from shardwright.types import ModelCosts
 
 READ_BYTES = 1 << 30
@@ -33,9 +35,9 @@ def usable_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def read_bandwidth() -> float:
-    """Bytes/s of a streaming sum with all cores, the best of several. Takes half a second; blocks."""
-    torch.set_num_threads(usable_threads())
+def read_bandwidth(threads: int = 0) -> float:
+    """Bytes/s of a streaming sum with all cores or so many threads, the best of several. Blocks for half a second."""
+    torch.set_num_threads(threads or usable_threads())
     data = torch.ones(READ_BYTES // 4)
     return READ_BYTES / _best_s(data.sum)
 
@@ -43,23 +45,30 @@ def read_bandwidth() -> float:
 def matrix_rate(config_json: str, *, num_tokens: int) -> Rate:
     """The best rate of a bfloat16 product with all cores: square ones, and the model's own with so many tokens.
 
-    The model's are tried plain and packed, as stages hold them. Takes a few seconds; blocks.
+    The model's are tried in each form that stages may hold, and in float32. Takes a few seconds; blocks.
     """
     torch.set_num_threads(usable_threads())
     config = json.loads(config_json)
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"] * (config.get("head_dim") or hidden // config["num_attention_heads"])
+    product = find_product(default_cache_dir() / "kernels")
     found = []
     with torch.inference_mode():
         for size in SQUARE_SIZES:
             left, right = (_random(size, size) for _ in range(2))
             found.append(_rate(f"{size} x {size} squared", size**3, partial(torch.mm, left, right)))
+            wide = left.float(), right.float()
+            found.append(_rate(f"{size} x {size} squared, in float32", size**3, partial(torch.mm, *wide)))
         for inputs, outputs in ((hidden, wide), (wide, hidden), (hidden, heads)):
             x, weight = _random(num_tokens, inputs), _random(outputs, inputs)
             name, count = f"{num_tokens} x {inputs} x {outputs}", num_tokens * inputs * outputs
             found.append(_rate(f"{name}, plain", count, partial(functional.linear, x, weight)))
             if can_pack(weight.dtype, weight.device):
-                found.append(_rate(f"{name}, packed", count, partial(PackedLinear(weight, None), x)))
+                found.append(_rate(f"{name}, packed", count, partial(PackedLinear(weight.clone(), None), x)))
+            if product is not None:
+                found.append(_rate(f"{name}, own kernel", count, partial(product.linear, x, weight, None)))
+            # a product that first widens both sides would be a stage's too, if it were the fastest
+            found.append(_rate(f"{name}, in float32", count, partial(functional.linear, x.float(), weight.float())))
     return max(found, key=lambda rate: rate.operations_per_s)
 
 

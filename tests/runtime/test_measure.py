@@ -159,6 +159,20 @@ def test_the_matrix_rate_is_of_the_dtype_that_was_asked_for(monkeypatch, dtype):
     assert multiplied == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize(("dtype", "counts"), [("bfloat16", True), ("float32", False)])
+def test_the_kernel_that_stages_use_counts_for_16_bits(monkeypatch, tmp_path, dtype, counts):
+    class Instant:
+        def can_multiply(self, asked):
+            return asked is torch.bfloat16
+
+        def linear(self, left, right, bias):
+            return None
+
+    monkeypatch.setattr("shardwright.model.product.built_product", lambda _: Instant())
+    rate = measure_speed(CPU, num_threads=1, dtype=dtype, kernel_dir=tmp_path).matrix_rate
+    assert (rate > 1e14) == counts
+
+
 # --- the disk ----------------------------------------------------------------------------------------
 
 no_page_cache_control = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache can't be dropped")

@@ -7,7 +7,8 @@ the stage's KV blocks (`attention.py`). It has no thread and no lock: whoever ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shardwright.model.devices import check_dtype, resolve_device, to_device
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
-from shardwright.model.linear import PackedLinear, can_pack, pack_linear
+from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
 from shardwright.model.probe import KeyPath
 from shardwright.model.raw_tensors import RawTensors
@@ -67,12 +68,14 @@ def build_stage(
     progress: Callable[[int], None],
     vocabulary: bytes | None = None,
     offload: OffloadPlan | None = None,
+    kernel_dir: Path | None = None,
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
 
     `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
     without which the last stage follows no grammars. `offload` names layers whose weights are not kept in the device's
-    memory. Raises `ConfigError` for a device or dtype that can't be used,
+    memory. `kernel_dir` keeps the compiled kernel of linear layers, without which they are torch's own. Raises
+    `ConfigError` for a device or dtype that can't be used,
     `UnsupportedModelError` for a family that can't be cut, `CheckpointError` for weights or a vocabulary that don't
     fit, `OffloadError` where there is no room for what is offloaded.
     """
@@ -84,12 +87,14 @@ def build_stage(
     model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
 
     offloading = None if offload is None else _Offloading(model, plan, offload, torch_device)
+    linears = choose_linears(torch_dtype, torch_device, kernel_dir)
 
     def finish(name: str) -> None:
-        if offloading is not None and offloading.takes(name):
-            return  # a packed layer has no plain bytes that could be read into a buffer
-        if can_pack(torch_dtype, torch_device):
-            pack_linear(model, name)
+        if offloading is None or not offloading.holds(name):
+            pack_linear(model, name, linears)
+            return
+        pack_linear(model, name, replace(linears, packs=False))  # packed, it has no bytes to read into a buffer
+        offloading.take_if_complete(name)
 
     try:
         load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
@@ -124,14 +129,18 @@ class _Offloading:
         self._streamed = OffloadedLayers(offload, num_bytes=num_bytes, device=device)
         self._taken: set[int] = set()
 
-    def takes(self, module_name: str) -> bool:
-        """Whether the module, which is complete now, is of such a layer; takes the layer when all of it is."""
-        index = self._prefixes.get(".".join(module_name.split(".")[: self._depth]))
-        if index is None:
-            return False
+    def holds(self, module_name: str) -> bool:
+        """Whether the module is of a layer that is to be offloaded."""
+        return self._prefix(module_name) in self._prefixes
+
+    def take_if_complete(self, module_name: str) -> None:
+        """Take the layer of a module that was filled just now, if it was the layer's last."""
+        index = self._prefixes[self._prefix(module_name)]
         if not any(parameter.is_meta for parameter in self._layers[index].parameters()):
             self._take(index)
-        return True
+
+    def _prefix(self, module_name: str) -> str:
+        return ".".join(module_name.split(".")[: self._depth])
 
     def _take(self, index: int) -> None:
         layer = self._layers[index]

@@ -27,6 +27,8 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
+    from shardwright.model.product import Product
+
 _MIB = 1024**2
 
 READ_BUFFER_BYTES = 128 * _MIB
@@ -185,10 +187,13 @@ def host_id() -> str:
 # --- speed -------------------------------------------------------------------------------------------
 
 
-def measure_speed(device: torch.device, *, num_threads: int, dtype: str = "bfloat16") -> Speed:
+def measure_speed(
+    device: torch.device, *, num_threads: int, dtype: str = "bfloat16", kernel_dir: Path | None = None
+) -> Speed:
     """Measure the device's read bandwidth and its matrix rate; under a second, and its memory is free afterwards.
 
-    `dtype` is of the matrices: float32, bfloat16 or float16.
+    `dtype` is of the matrices: float32, bfloat16 or float16. The rate is the better one of torch's product and of the
+    kernel that stages of a CPU may use (`model/product.py`), where it lies in `kernel_dir`.
 
     Both are the best of a few tries: what else runs on the machine can make a try slower, never faster. Leaves the
     calling thread's number of torch threads as it was.
@@ -200,12 +205,13 @@ def measure_speed(device: torch.device, *, num_threads: int, dtype: str = "bfloa
         with torch.inference_mode():
             # One thread first, to learn what size fits the time: several on a busy machine wait for each other.
             torch.set_num_threads(1)
-            rate = _matrix_rate(device, 256, dtype)
+            product = _own_product(device, dtype, kernel_dir)
+            rate = _matrix_rate(device, 256, dtype, product)
             torch.set_num_threads(num_threads)
             for size in (1024, 4096):
                 if 2 * size**3 / rate > (0.4 if size == 1024 else 0.05):
                     break
-                rate = max(rate, _matrix_rate(device, size, dtype))
+                rate = max(rate, _matrix_rate(device, size, dtype, product))
             return Speed(read_bandwidth=_read_bandwidth(device), matrix_rate=rate)
     finally:
         torch.set_num_threads(before)
@@ -226,14 +232,30 @@ def _read_bandwidth(device: torch.device) -> float:
     return num_bytes / best
 
 
-def _matrix_rate(device: torch.device, size: int, dtype: str) -> float:
-    """Operations/s of a square product."""
+def _own_product(device: torch.device, dtype: str, kernel_dir: Path | None) -> Product | None:
+    """The kernel of our own, where a stage on the device could use it."""
+    if kernel_dir is None or device.type != "cpu" or dtype == "float32":
+        return None
+    import torch
+
+    from shardwright.model.product import built_product
+
+    product = built_product(kernel_dir)
+    return product if product is not None and product.can_multiply(getattr(torch, dtype)) else None
+
+
+def _matrix_rate(device: torch.device, size: int, dtype: str, product: Product | None) -> float:
+    """Operations/s of a square product, by torch or by our own kernel, whichever is faster."""
     import torch
 
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     left = torch.ones(size, size, dtype=kind, device=device)
     right = torch.ones(size, size, dtype=kind, device=device)
-    return 2 * size**3 / _best_time(device, functools.partial(torch.matmul, left, right), tries=8, limit_s=0.08)
+    best = _best_time(device, functools.partial(torch.matmul, left, right), tries=8, limit_s=0.08)
+    if product is not None:
+        own = functools.partial(product.linear, left, right, None)
+        best = min(best, _best_time(device, own, tries=8, limit_s=0.08))
+    return 2 * size**3 / best
 
 
 def _best_time(device: torch.device, work: Callable[[], object], *, tries: int, limit_s: float) -> float:

@@ -42,11 +42,13 @@ class Machine:
         memory_bytes: int,
         cache_dir: Path | None = None,
         offload: str = "none",
+        kernel_dir: Path | None = None,
     ) -> None:
         """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free.
 
         The disk that holds `cache_dir` is measured when that is asked for; None: no disk is. With `offload` what it
-        names is measured at once. Raises `ConfigError` where that can't be used.
+        names is measured at once. `kernel_dir` keeps the compiled kernel that stages use. Raises `ConfigError` where
+        that can't be used.
         """
         from shardwright.model.devices import half_dtype
 
@@ -54,8 +56,11 @@ class Machine:
         self.num_threads = threads or usable_cores()
         self._memory_bytes = memory_bytes
         self._cache_dir = cache_dir
+        self._kernel_dir = kernel_dir
         self._device_name = device_name(self.device)
-        self._speed = measure_speed(self.device, num_threads=self.num_threads, dtype=half_dtype(self.device))
+        self._speed = measure_speed(
+            self.device, num_threads=self.num_threads, dtype=half_dtype(self.device), kernel_dir=kernel_dir
+        )
         self.offload = None if offload == "none" else find_tier(offload, self.device, cache_dir)
         self._monitor = MachineMonitor(
             device=str(self.device),
@@ -114,7 +119,7 @@ class Machine:
 
     def measure_speed(self, dtype: str) -> Speed:
         """Read bandwidth, and matrix rate at the dtype, now. Blocks for a second; call it where stages compute."""
-        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype)
+        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype, kernel_dir=self._kernel_dir)
 
     def measure_disk(self) -> float | None:
         """Bytes/s that weights in the tensor cache can be read with; None where that can't be measured. Blocks."""

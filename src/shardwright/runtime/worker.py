@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from shardwright.core.effects import (
@@ -295,9 +296,11 @@ class WorkerShell:
         receiver: WeightReceiver,
         transport: Transport,
         offload: OffloadTier | None = None,
+        kernel_dir: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
+        self._kernel_dir = kernel_dir
         self._num_threads = num_threads
         self._threads_set = 0
         self._probe = probe
@@ -666,6 +669,7 @@ class WorkerShell:
                 vocabulary=vocabulary,
                 progress=progress,
                 offload=self._offload_plan(load),
+                kernel_dir=self._kernel_dir,
             )
 
         try:

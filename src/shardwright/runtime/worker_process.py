@@ -9,8 +9,10 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from shardwright.config import WorkerConfig
+from shardwright.runtime.measure import resolve_device
 from shardwright.runtime.probe import Machine
 from shardwright.runtime.tensor_cache import TensorCache
 from shardwright.runtime.tracing import traced_service
@@ -39,6 +41,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
     # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
     # more threads than there are cores it no longer waits actively: small products would take twice as long.
     compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+    kernel_dir = _kernel_dir(config)
     try:
         machine = await asyncio.get_running_loop().run_in_executor(
             compute,
@@ -48,6 +51,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
                 memory_bytes=config.memory_bytes,
                 cache_dir=config.cache_dir,
                 offload=config.offload,
+                kernel_dir=kernel_dir,
             ),
         )
     except BaseException:
@@ -63,6 +67,7 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
         receiver=receiver,
         transport=transport,
         offload=machine.offload,
+        kernel_dir=kernel_dir,
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(receiver.close)
@@ -73,6 +78,21 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
         listener = await transport.serve(address, service)
         stack.push_async_callback(listener.close, grace_s=CLOSE_GRACE_S)
         yield OpenWorker(address=listener.address, metrics_port=shell.metrics_port)
+
+
+def _kernel_dir(config: WorkerConfig) -> Path:
+    return config.cache_dir / "kernels"
+
+
+def _build_kernel(config: WorkerConfig) -> None:
+    """Compile the kernel of linear layers on a CPU where that was never done: the machine is measured with it.
+
+    Raises `ConfigError` for a device that is not there.
+    """
+    if resolve_device(config.device).type == "cpu":
+        from shardwright.model.product import find_product
+
+        find_product(_kernel_dir(config))
 
 
 async def _serve_metrics(shell: WorkerShell, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
@@ -92,6 +112,7 @@ async def run_worker(config: WorkerConfig, *, announce: Callable[[str, str], Non
     from shardwright.transport.grpc import GrpcTransport
 
     transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
+    await asyncio.to_thread(_build_kernel, config)
     async with open_worker(config, transport, join_address(config.host, config.port)) as worker:
         announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
         # The master looks at its model meanwhile; a stage can then be built without waiting for imports.

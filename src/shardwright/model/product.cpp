@@ -1,0 +1,387 @@
+// Products of activations with 16-bit weights on a CPU, from the weights' plain row-major order.
+//
+// y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once.
+//
+// Each output is summed in one fixed order, whatever the other rows, the tiling and the number of threads: within a
+// piece of K_PIECE positions every lane of a vector adds its own products, then the lanes are added, then the pieces.
+// So a row's result does not depend on what it is batched with.
+//
+// No header of torch and no library beyond C's: it compiles in a few seconds. Threads are those of the OpenMP runtime
+// that torch has loaded; its entry point is handed in, so that there is never a second runtime.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "written for little-endian machines"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef Words LooseWords __attribute__((aligned(2), may_alias));
+
+enum : long {
+    LANES = VECTOR_BYTES / 4,
+    PAIR = 2 * LANES,   // 16-bit values in a vector
+    LINE = 32,          // 16-bit values in a cache line: the step of all loops over k
+    K_PIECE = 1024,     // positions whose sum stays in the lanes; part of the order of summation
+    ROWS = 4,           // rows of x in a tile
+    N_BLOCK = 96,       // rows of w that stay in the second-level cache while many rows of x pass
+    M_BLOCK = 128,      // rows of x that pass them
+    FEW_ROWS = 12,      // up to so many rows of x, each weight is read once, in the order of memory
+};
+
+// How many rows of w a tile of so many rows of x takes: as many sums as the registers hold.
+template <int MR>
+struct Width {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    enum { value = MR == 1 ? 8 : MR == 2 ? 8 : 6 };
+#else
+    enum { value = MR == 1 ? 4 : MR == 2 ? 4 : 3 };
+#endif
+};
+
+// sum += a * b, all three in registers and rounded once. Left to itself GCC reads x again for each use and keeps sums in
+// memory, for which the tile is a third slower.
+#if defined(__x86_64__) && defined(__FMA__)
+INLINE void add_product(Floats &sum, Floats a, Floats b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+#else
+INLINE void add_product(Floats &sum, Floats a, Floats b) { sum += a * b; }
+#endif
+
+// bfloat16 is the upper half of a float32: the even positions of a vector become one vector, the odd ones another.
+struct BFloat16 {
+    INLINE Floats first(const uint16_t *from) { return (Floats)(*(const LooseWords *)from << 16); }
+    INLINE Floats second(const uint16_t *from) { return (Floats)(*(const LooseWords *)from & 0xffff0000u); }
+    INLINE long place(long k) { return k % 2 * LANES + k / 2; }  // where position k of a pair of vectors stands
+    INLINE float to_float(uint16_t bits) {
+        uint32_t word = (uint32_t)bits << 16;
+        float value;
+        memcpy(&value, &word, 4);
+        return value;
+    }
+    INLINE uint16_t from_float(float value) {  // to the nearest, ties to even
+        uint32_t word;
+        memcpy(&word, &value, 4);
+        if ((word & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(word >> 16 | 0x40);  // not a number
+        return (uint16_t)((word + 0x7fffu + (word >> 16 & 1)) >> 16);
+    }
+};
+
+#if (defined(__F16C__) && defined(__AVX__)) || defined(__aarch64__)
+#define HAS_FLOAT16 1
+struct Float16 {
+    INLINE Floats widen(const uint16_t *from) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+        typedef __fp16 Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        memcpy(&halves, from, sizeof halves);
+        return __builtin_convertvector(halves, Floats);
+#endif
+    }
+    INLINE Floats first(const uint16_t *from) { return widen(from); }
+    INLINE Floats second(const uint16_t *from) { return widen(from + LANES); }
+    INLINE long place(long k) { return k; }
+#if defined(__F16C__)
+    INLINE float to_float(uint16_t bits) { return _cvtsh_ss(bits); }
+    INLINE uint16_t from_float(float value) { return (uint16_t)_cvtss_sh(value, 0); }
+#else
+    INLINE float to_float(uint16_t bits) {
+        __fp16 half;
+        memcpy(&half, &bits, 2);
+        return half;
+    }
+    INLINE uint16_t from_float(float value) {
+        __fp16 half = (__fp16)value;
+        uint16_t bits;
+        memcpy(&bits, &half, 2);
+        return bits;
+    }
+#endif
+};
+#endif
+
+INLINE float add_lanes(Floats value) {
+    float lanes[LANES];
+    memcpy(lanes, &value, sizeof lanes);
+#if VECTOR_BYTES > 16
+    typedef float Quarter __attribute__((vector_size(16)));
+    Quarter parts[VECTOR_BYTES / 16];
+    memcpy(parts, &value, sizeof parts);
+#if VECTOR_BYTES == 64
+    parts[0] += parts[2];
+    parts[1] += parts[3];
+#endif
+    parts[0] += parts[1];
+    memcpy(lanes, parts, 16);
+#endif
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// One product: what all threads share.
+struct Job {
+    const uint16_t *x;   // [m][k], rows x_stride apart
+    const uint16_t *w;   // [n][k], rows w_stride apart
+    const uint16_t *bias;  // [n], or null
+    uint16_t *y;         // [m][n], contiguous
+    float *wide;         // x in float32, rows of wide_stride, in the order in which weights are widened
+    long x_stride, w_stride, wide_stride;
+    long m, n, k;
+    long num_items, item_rows;
+    long next;           // the next item that no thread has taken
+};
+
+// Add to sums[MR][NR] what `lines` cache lines of each row of w give.
+template <class Kind, int MR, int NR>
+INLINE void multiply_lines(const uint16_t *w, long w_stride, const float *x, long x_stride, long lines,
+                           const uint16_t *const *ahead, Floats (&sums)[MR][NR]) {
+    for (long line = 0; line < lines; line++) {
+        if (ahead) {
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) __builtin_prefetch(ahead[n] + line * LINE, 0, 3);
+        }
+#pragma GCC unroll 4
+        for (long pair = 0; pair < LINE / PAIR; pair++) {
+            const long k = line * LINE + pair * PAIR;
+            Floats half[NR];
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) half[n] = Kind::first(w + n * w_stride + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+                const Floats value = *(const Floats *)(x + m * x_stride + k);
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) add_product(sums[m][n], value, half[n]);
+            }
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) half[n] = Kind::second(w + n * w_stride + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+                const Floats value = *(const Floats *)(x + m * x_stride + k + LANES);
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) add_product(sums[m][n], value, half[n]);
+            }
+        }
+    }
+}
+
+// One piece of K_PIECE positions, or what is left of k from `begin` on.
+template <class Kind, int MR, int NR>
+INLINE void multiply_piece(const Job &job, const uint16_t *w, const float *x, long begin,
+                           const uint16_t *const *ahead, float (&totals)[MR][NR]) {
+    Floats sums[MR][NR];
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; n++) sums[m][n] = Floats{};
+    const long count = job.k - begin < K_PIECE ? job.k - begin : K_PIECE;
+    const long lines = count / LINE, rest = count % LINE;
+    if (ahead) {
+        const uint16_t *there[NR];
+        for (int n = 0; n < NR; n++) there[n] = ahead[n] + begin;
+        multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, there, sums);
+    } else {
+        multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, nullptr, sums);
+    }
+    if (rest) {  // reading on would leave the row, and the last one's memory
+        uint16_t padded[NR][LINE];
+        memset(padded, 0, sizeof padded);
+        const long at = begin + lines * LINE;
+        for (int n = 0; n < NR; n++) memcpy(padded[n], w + n * job.w_stride + at, rest * sizeof(uint16_t));
+        multiply_lines<Kind, MR, NR>(padded[0], LINE, x + at, job.wide_stride, 1, nullptr, sums);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; n++) totals[m][n] += add_lanes(sums[m][n]);
+}
+
+template <class Kind>
+INLINE void store(const Job &job, long m, long n, float total) {
+    if (job.bias) total += Kind::to_float(job.bias[n]);
+    job.y[m * job.n + n] = Kind::from_float(total);
+}
+
+// Few rows of x: all of k for NR rows of w. Meanwhile their part of the next NR rows is fetched.
+template <class Kind, int MR, int NR>
+static void stream_tile(const Job &job, long m, long n, long part, long parts) {
+    const uint16_t *w = job.w + n * job.w_stride;
+    const float *x = job.wide + m * job.wide_stride;
+    const uint16_t *ahead[NR];
+    for (int r = 0; r < NR; r++) ahead[r] = w + (r % parts == part ? r + NR : r) * job.w_stride;
+    float totals[MR][NR] = {};
+    for (long begin = 0; begin < job.k; begin += K_PIECE)
+        multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
+    for (int i = 0; i < MR; i++)
+        for (int r = 0; r < NR; r++) store<Kind>(job, m + i, n + r, totals[i][r]);
+}
+
+template <class Kind, int NR>
+INLINE void stream_rows(const Job &job, long n) {
+    const long parts = (job.m + ROWS - 1) / ROWS;
+    for (long part = 0; part < parts; part++) {
+        const long m = job.m * part / parts, count = job.m * (part + 1) / parts - m;
+        if (count == 4) stream_tile<Kind, 4, NR>(job, m, n, part, parts);
+        else if (count == 3) stream_tile<Kind, 3, NR>(job, m, n, part, parts);
+        else if (count == 2) stream_tile<Kind, 2, NR>(job, m, n, part, parts);
+        else stream_tile<Kind, 1, NR>(job, m, n, part, parts);
+    }
+}
+
+template <class Kind, int NR>
+static void stream_block(const Job &job, long begin, long end) {
+    long n = begin;
+    for (; n + NR <= end; n += NR) stream_rows<Kind, NR>(job, n);
+    for (; n < end; n++) stream_rows<Kind, 1>(job, n);
+}
+
+// Many rows of x: for one piece of k, tiles of a block of w against MR rows of x.
+template <class Kind, int MR>
+static void pass_rows(const Job &job, long m, long n, long n_end, long begin, float *totals, long totals_stride) {
+    const float *x = job.wide + m * job.wide_stride;
+    enum { NR = Width<MR>::value };
+    long at = n;
+    for (; at + NR <= n_end; at += NR) {
+        float sums[MR][NR] = {};
+        multiply_piece<Kind, MR, NR>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
+        for (int i = 0; i < MR; i++)
+            for (int r = 0; r < NR; r++) totals[i * totals_stride + at - n + r] += sums[i][r];
+    }
+    for (; at < n_end; at++) {
+        float sums[MR][1] = {};
+        multiply_piece<Kind, MR, 1>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
+        for (int i = 0; i < MR; i++) totals[i * totals_stride + at - n] += sums[i][0];
+    }
+}
+
+template <class Kind>
+static void pass_block(const Job &job, long m, long m_end, long n, long n_end) {
+    float totals[M_BLOCK * N_BLOCK];
+    memset(totals, 0, sizeof totals);
+    for (long begin = 0; begin < job.k; begin += K_PIECE) {
+        long at = m;
+        for (; at + ROWS <= m_end; at += ROWS)
+            pass_rows<Kind, ROWS>(job, at, n, n_end, begin, totals + (at - m) * N_BLOCK, N_BLOCK);
+        for (; at < m_end; at++) pass_rows<Kind, 1>(job, at, n, n_end, begin, totals + (at - m) * N_BLOCK, N_BLOCK);
+    }
+    for (long i = m; i < m_end; i++)
+        for (long r = n; r < n_end; r++) store<Kind>(job, i, r, totals[(i - m) * N_BLOCK + r - n]);
+}
+
+INLINE long take(Job &job) { return __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED); }
+
+template <class Kind>
+static void multiply_items(void *data) {
+    Job &job = *(Job *)data;
+    if (job.m <= FEW_ROWS) {
+        for (long item = take(job); item < job.num_items; item = take(job)) {
+            const long begin = item * job.item_rows;
+            const long end = begin + job.item_rows < job.n ? begin + job.item_rows : job.n;
+            const long parts = (job.m + ROWS - 1) / ROWS, widest = (job.m + parts - 1) / parts;
+            if (widest == 4) stream_block<Kind, Width<4>::value>(job, begin, end);
+            else if (widest == 3) stream_block<Kind, Width<3>::value>(job, begin, end);
+            else if (widest == 2) stream_block<Kind, Width<2>::value>(job, begin, end);
+            else stream_block<Kind, Width<1>::value>(job, begin, end);
+        }
+        return;
+    }
+    const long m_blocks = (job.m + M_BLOCK - 1) / M_BLOCK;
+    for (long item = take(job); item < job.num_items; item = take(job)) {
+        const long n = item / m_blocks * N_BLOCK, m = item % m_blocks * M_BLOCK;
+        const long n_end = n + N_BLOCK < job.n ? n + N_BLOCK : job.n;
+        const long m_end = m + M_BLOCK < job.m ? m + M_BLOCK : job.m;
+        pass_block<Kind>(job, m, m_end, n, n_end);
+    }
+}
+
+template <class Kind>
+static void widen_row(const Job &job, long m) {
+    const uint16_t *from = job.x + m * job.x_stride;
+    float *to = job.wide + m * job.wide_stride;
+    long k = 0;
+    for (; k + PAIR <= job.k; k += PAIR) {
+        *(Floats *)(to + k) = Kind::first(from + k);
+        *(Floats *)(to + k + LANES) = Kind::second(from + k);
+    }
+    if (k == job.wide_stride) return;
+    memset(to + k, 0, (job.wide_stride - k) * sizeof(float));
+    for (long i = k; i < job.k; i++) to[k + Kind::place(i - k)] = Kind::to_float(from[i]);
+}
+
+template <class Kind>
+static void widen_items(void *data) {
+    Job &job = *(Job *)data;
+    for (long m = take(job); m < job.num_items; m = take(job)) widen_row<Kind>(job, m);
+}
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+INLINE void run(Parallel parallel, void (*work)(void *), Job &job, long threads) {
+    job.next = 0;
+    if (threads > job.num_items) threads = job.num_items;
+    if (threads > 1 && parallel) parallel(work, &job, (unsigned)threads, 0);
+    else work(&job);
+}
+
+// Rows of x in float32 that are kept from call to call, one room for each calling thread.
+static const long KEPT_BYTES = 1 << 20;
+static thread_local float *kept = nullptr;
+
+template <class Kind>
+static int multiply(Job &job, Parallel parallel, long threads) {
+    job.wide_stride = (job.k + LINE - 1) / LINE * LINE;
+    const long num_bytes = job.m * job.wide_stride * (long)sizeof(float);
+    void *room = kept;
+    if (num_bytes > KEPT_BYTES || !room) {
+        if (posix_memalign(&room, 64, num_bytes > KEPT_BYTES ? num_bytes : KEPT_BYTES)) return 1;
+        if (num_bytes <= KEPT_BYTES) kept = (float *)room;
+    }
+    job.wide = (float *)room;
+    const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
+    job.num_items = job.m;
+    run(parallel, widen_items<Kind>, job, job.m * job.k < 65536 ? 1 : threads);
+    if (job.m <= FEW_ROWS) {
+        // a piece of some 64 KiB at a time, so that a thread that is held up holds up nobody else
+        long rows = 32768 / job.k / 24 * 24;
+        const long share = job.n / (4 * threads) / 24 * 24;
+        if (rows > share) rows = share;
+        job.item_rows = rows < 24 ? 24 : rows;
+        job.num_items = (job.n + job.item_rows - 1) / job.item_rows;
+    } else {
+        job.num_items = (job.n + N_BLOCK - 1) / N_BLOCK * ((job.m + M_BLOCK - 1) / M_BLOCK);
+    }
+    run(parallel, multiply_items<Kind>, job, is_small ? 1 : threads);
+    if (num_bytes > KEPT_BYTES) free(room);
+    return 0;
+}
+
+// Nonzero: no memory, or a kind that this machine can't widen. kind 0 is bfloat16, 1 is float16.
+extern "C" int shardwright_multiply(const void *x, long x_stride, const void *w, long w_stride, const void *bias,
+                                    void *y, long m, long n, long k, int kind, long threads, Parallel parallel) {
+    Job job = {(const uint16_t *)x, (const uint16_t *)w, (const uint16_t *)bias, (uint16_t *)y, nullptr,
+               x_stride, w_stride, 0, m, n, k, 0, 0, 0};
+    if (kind == 0) return multiply<BFloat16>(job, parallel, threads);
+#if defined(HAS_FLOAT16)
+    if (kind == 1) return multiply<Float16>(job, parallel, threads);
+#endif
+    return 2;
+}

@@ -1,0 +1,214 @@
+"""Products with 16-bit weights on a CPU by a kernel of our own (`product.cpp`), compiled on the machine that uses it.
+
+Knows a compiler, a folder and one function; nothing of models. Where there is no compiler, or anything else is in the
+way, there is no kernel, and whoever asked goes on with torch's products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fno-math-errno")
+BUILD_TIMEOUT_S = 120.0
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1}
+
+log = logging.getLogger(__name__)
+
+
+class KernelUnavailableError(Exception):
+    """Why there is no kernel of our own; never leaves this file."""
+
+
+class Product:
+    """`x @ weight.T + bias` for 16-bit CPU tensors, summed in float32 and rounded once.
+
+    A row's result is the same whatever rows it comes with, and with any number of threads. The weight is read from
+    its plain order, so that nothing is packed and other modules may hold it too.
+    """
+
+    def __init__(self, library: ctypes.CDLL, parallel: int) -> None:
+        """`parallel` is the address of `GOMP_parallel` in the OpenMP runtime that torch computes with."""
+        self._parallel = parallel
+        self._multiply: Any = library.shardwright_multiply
+        long, pointer = ctypes.c_long, ctypes.c_void_p
+        self._multiply.argtypes = [
+            *(pointer, long, pointer, long, pointer, pointer),
+            *(long, long, long, ctypes.c_int, long, pointer),
+        ]
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., k], [n, k], [n] -> [..., n], all of one dtype and on the CPU; `weight` is contiguous.
+
+        Each decoder layer calls this seven times a step, so it asks torch for as little as it can.
+        """
+        n, k = weight.shape
+        y = x.new_empty((*x.shape[:-1], n))
+        rows = x.numel() // k if k else 0
+        if rows == 0 or n == 0:
+            return y.zero_()
+        stride = k
+        if not x.is_contiguous():
+            x = x.reshape(rows, k)
+            if x.stride(1) != 1:
+                x = x.contiguous()
+            stride = x.stride(0)
+        status = self._multiply(
+            x.data_ptr(),
+            stride,
+            weight.data_ptr(),
+            k,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            n,
+            k,
+            _KINDS[weight.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status:
+            raise MemoryError(f"no memory for {rows} rows of {k} values in float32")
+        return y
+
+    def can_multiply(self, dtype: torch.dtype) -> bool:
+        """Whether the kernel knows the dtype on this CPU, and computes what it should: one small product is tried."""
+        if dtype not in _KINDS:
+            return False
+        x = torch.linspace(-1.0, 1.0, 5 * 77).view(5, 77).to(dtype)
+        weight = torch.linspace(1.0, -0.5, 9 * 77).view(9, 77).to(dtype)
+        expected = functional.linear(x.float(), weight.float())
+        return torch.allclose(self.linear(x, weight, None).float(), expected, atol=1e-2, rtol=1e-2)
+
+
+def built_product(folder: Path) -> Product | None:
+    """The kernel if it was built for this CPU in `folder` before; nothing is built and nothing logged."""
+    try:
+        return find_product(folder) if _library(folder)[0].exists() else None
+    except (KernelUnavailableError, OSError):
+        return None
+
+
+@functools.cache
+def find_product(folder: Path) -> Product | None:
+    """The kernel, built for this CPU in `folder` unless it lies there already; None where that can't be.
+
+    Building takes some seconds. Any number of processes may ask at once: one builds, the others wait for it.
+    """
+    try:
+        return Product(ctypes.CDLL(str(_built(folder))), _parallel_address())
+    except (KernelUnavailableError, OSError, AttributeError) as exc:
+        log.warning("linear layers stay with torch's own products: %s", exc)
+        return None
+
+
+def _parallel_address() -> int:
+    """Where torch's OpenMP runtime takes parallel work; torch loads it for the whole process."""
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError as exc:
+        raise KernelUnavailableError("torch's OpenMP runtime has no GOMP_parallel") from exc
+    address: int | None = ctypes.cast(entry, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def _library(folder: Path) -> tuple[Path, list[str], bytes]:
+    """The library's path, whether it exists or not, and the command and the source that it is made with."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise KernelUnavailableError(f"no C++ compiler is installed (looked for {', '.join(COMPILERS)})")
+    source = resources.files("shardwright.model").joinpath("product.cpp").read_bytes()
+    native = "-mcpu=native" if platform.machine() in {"aarch64", "arm64"} else "-march=native"
+    command = [compiler, *FLAGS, native]
+    parts = (source, " ".join(command).encode(), _compiler_version(compiler), _cpu_features())
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return folder / f"product-{key[:32]}.so", command, source
+
+
+def _built(folder: Path) -> Path:
+    """The path of the library, which exists."""
+    library, command, source = _library(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    if not library.exists():
+        with _locked(folder / "lock"):
+            if not library.exists():  # another process may have built it while this one waited
+                _build(command, source, library)
+    _check_private(library)
+    return library
+
+
+def _build(command: list[str], source: bytes, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
+        made = Path(scratch) / "product.so"
+        text = Path(scratch) / "product.cpp"
+        text.write_bytes(source)
+        try:
+            done = subprocess.run(  # noqa: S603  the compiler was looked up, the rest is ours
+                [*command, "-o", str(made), str(text)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=BUILD_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise KernelUnavailableError(f"{command[0]} took longer than {BUILD_TIMEOUT_S:.0f} s") from exc
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            said = next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
+            raise KernelUnavailableError(f"{command[0]} failed with exit code {done.returncode}: {said[:300]}")
+        made.chmod(0o700)
+        made.replace(library)
+
+
+def _check_private(path: Path) -> None:
+    """Code is loaded only from where nobody else can write."""
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise KernelUnavailableError(f"{path} belongs to another user or can be written by others")
+
+
+def _compiler_version(compiler: str) -> bytes:
+    try:
+        return subprocess.run(  # noqa: S603  the compiler was looked up
+            [compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+        ).stdout
+    except subprocess.TimeoutExpired as exc:
+        raise KernelUnavailableError(f"{compiler} does not answer") from exc
+
+
+def _cpu_features() -> bytes:
+    """What tells apart CPUs for which the compiler makes different code; folders may be shared by machines."""
+    wanted = (b"model name", b"flags", b"Features", b"CPU part", b"CPU implementer")
+    try:
+        first, _, _ = Path("/proc/cpuinfo").read_bytes().partition(b"\n\n")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    return b"\n".join(line for line in first.splitlines() if line.startswith(wanted))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file; the system drops the lock of a process that dies."""
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
