@@ -551,4 +551,8 @@ class ClusterSnapshot:
     total_preemptions: int
     max_waiting: int = 0  # the queue's bound; 0: none
     num_cached_blocks: int = 0  # free ones whose content the prefix cache can give again
+    recovering_from: str = ""  # why the pipeline is being placed anew; empty while it is not
+    total_recoveries: int = 0  # times that a pipeline took steps again after it was broken
+    total_recovery_s: float = 0.0  # that these took, from what broke the old one to the new one's first token
+    total_recomputed_tokens: int = 0  # whose K and V were lost with a pipeline, so that they are computed again
     finished: tuple[tuple[FinishReason, int], ...] = field(default=())
