@@ -398,6 +398,18 @@ class WorkerDescription:
     in_use: bool = False  # a master or another stage has a stream open to it
     metrics_port: int = 0  # where it answers Prometheus; 0: nowhere
 
+    def capacity(self, worker_id: WorkerId) -> WorkerCapacity:
+        """What placement needs to know of it."""
+        return WorkerCapacity(
+            worker_id=worker_id,
+            host_id=self.host_id,
+            device=self.device,
+            memory_bytes=self.memory_available_bytes,
+            read_bandwidth=self.read_bandwidth,
+            matrix_rate=self.matrix_rate,
+            shared_memory_bytes=self.shared_memory_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:

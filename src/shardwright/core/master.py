@@ -54,6 +54,7 @@ from shardwright.types import (
     GREEDY,
     BlockId,
     ClusterSnapshot,
+    Epoch,
     FinishReason,
     ModelCosts,
     SeqId,
@@ -64,7 +65,6 @@ from shardwright.types import (
     WorkerId,
     WorkerSnapshot,
 )
-
 
 _MOST_DOUBLINGS = 4
 """Of the time after which a pipeline that was given up is tried again."""
