@@ -90,6 +90,22 @@ def serve(processes, tiny):
     return start
 
 
+@pytest.fixture(scope="package")
+def serve_in(tiny):
+    """Starts servers that end with the processes that they are started among."""
+
+    def start(processes, *options, **how):
+        return Server(processes, tiny.folder, *options, **how)
+
+    return start
+
+
+@pytest.fixture(scope="package")
+def byte_ids() -> dict[bytes, int]:
+    """The tiny model's token ids by what they stand for."""
+    return {text: n for n, text in enumerate(BYTE_TOKENS)}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny):
     """One server for a module's tests."""
