@@ -54,7 +54,8 @@ class Cluster:
 
     def chat(self, question, on_token=lambda: None, **fields):
         """The streamed token ids of each choice, and the reasons of their ends; an error event is raised."""
-        body = {"messages": [{"role": "user", "content": question}], "stream": True, "logprobs": True, **fields}
+        messages = [{"role": "user", "content": question}]
+        body = {"model": self.tiny.folder.name, "messages": messages, "stream": True, "logprobs": True, **fields}
         choices, reasons = {}, {}
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=90) as answer:
             assert answer.status_code == 200, answer.read()
@@ -126,13 +127,13 @@ def same_sampled(one, other):
 @pytest.mark.parametrize("place", [1, 0, -1], ids=["middle", "first", "last"])
 def test_answers_go_on_when_a_worker_is_killed(three, place):
     """Of three stages the middle one, then the first and the last of the two that are left and a spare."""
-    epoch = three.state()["epoch"]
+    epoch = three.state()["snapshot"]["epoch"]
     victim = three.stages()[place]
     answers, sampled = three.answers_while(lambda: three.workers[victim].send(signal.SIGKILL))
     assert answers == three.whole
     same_sampled(sampled, three.undisturbed)
     after = three.state()
-    assert after["epoch"] > epoch
+    assert after["snapshot"]["epoch"] > epoch
     assert victim not in three.stages()
     assert three.status(victim) == "lost"
     assert three.is_ready()
@@ -143,7 +144,7 @@ def test_answers_go_on_when_a_worker_is_killed(three, place):
     assert figures["recoveries_total"] >= 1
     assert figures["recovery_seconds_total"] > 0
     assert figures["recomputed_tokens_total"] >= 80
-    assert figures["pipeline_epoch"] == after["epoch"]
+    assert figures["pipeline_epoch"] == after["snapshot"]["epoch"]
 
 
 def test_answers_go_on_when_a_worker_hangs_and_it_is_a_spare_when_it_goes_on(three):
@@ -178,7 +179,9 @@ def test_without_enough_workers_requests_end_with_the_reason_until_one_is_back(p
             worker.send(signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"worker.*worker\d"):
             answer.result(60)
-    refused = httpx.post(f"{cluster.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    refused = httpx.post(
+        f"{cluster.url}/v1/completions", json={"model": tiny.folder.name, "prompt": "x", "max_tokens": 2}
+    )
     assert refused.status_code == 503
     assert "worker" in refused.json()["error"]["message"]
     assert not cluster.is_ready()
