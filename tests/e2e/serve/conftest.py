@@ -103,7 +103,11 @@ def serve_in(tiny):
 @pytest.fixture(scope="package")
 def byte_ids() -> dict[bytes, int]:
     """The tiny model's token ids by what they stand for."""
-    return {text: n for n, text in enumerate(BYTE_TOKENS)}
+    plain = [byte for byte in range(256) if chr(byte) in ALPHABET]
+    others = (byte for byte in range(256) if byte not in plain)
+    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    stands_for = [*(text.encode() for text in SPECIALS), *(bytes([byte_of[char]]) for char in ALPHABET)]
+    return {text: n for n, text in enumerate(stands_for)}
 
 
 @pytest.fixture(scope="module")
