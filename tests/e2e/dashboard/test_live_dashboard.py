@@ -227,7 +227,7 @@ def test_a_killed_worker_the_recovery_and_the_new_epoch_are_seen_as_they_happen(
         log = page.locator("#log-list")
         expect(log).to_contain_text(f"worker {victim['worker_id']} is lost")
         expect(log).to_contain_text(re.compile(rf"epoch {before['snapshot']['epoch'] + 1} begins"))
-        expect(log).to_contain_text("ready: a token went through the pipeline")
+        expect(log).to_contain_text("recovered: the new pipeline takes steps")
         expect(page.locator("#ready")).to_have_text("ready")
         expect(page.locator("#layer-map .layer-part")).to_have_count(1)
         expect(page.locator("#chat-status")).to_contain_text("complete")
