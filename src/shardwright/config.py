@@ -86,6 +86,7 @@ class MasterConfig:
     connect_timeout_s: float = 10.0
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
+    recover: bool = True  # from a lost worker: place the model again over those that are left; else requests end
     probe_interval_s: float = 5.0  # an idle pipeline is tried this often with a token of the master's own; 0: never
     max_frame_bytes: int = 256 * MIB
     otlp_endpoint: str = ""  # http(s)://host:port of an OTLP collector that gets traces, over gRPC; empty: none

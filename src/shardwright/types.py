@@ -411,6 +411,21 @@ class WorkerDescription:
     offload_bytes: int = 0  # room for them there now
     offload_bandwidth: float = 0.0  # bytes/s, measured
 
+    def capacity(self, worker_id: WorkerId) -> WorkerCapacity:
+        """What placement needs to know of it."""
+        return WorkerCapacity(
+            worker_id=worker_id,
+            host_id=self.host_id,
+            device=self.device,
+            memory_bytes=self.memory_available_bytes,
+            read_bandwidth=self.read_bandwidth,
+            matrix_rate=self.matrix_rate,
+            shared_memory_bytes=self.shared_memory_bytes,
+            offload=self.offload,
+            offload_bytes=self.offload_bytes,
+            offload_bandwidth=self.offload_bandwidth,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
@@ -567,4 +582,8 @@ class ClusterSnapshot:
     total_preemptions: int
     max_waiting: int = 0  # the queue's bound; 0: none
     num_cached_blocks: int = 0  # free ones whose content the prefix cache can give again
+    recovering_from: str = ""  # why the pipeline is being placed anew; empty while it is not
+    total_recoveries: int = 0  # times that a pipeline took steps again after it was broken
+    total_recovery_s: float = 0.0  # that these took, from what broke the old one to the new one's first token
+    total_recomputed_tokens: int = 0  # whose K and V were lost with a pipeline, so that they are computed again
     finished: tuple[tuple[FinishReason, int], ...] = field(default=())

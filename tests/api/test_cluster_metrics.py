@@ -18,6 +18,7 @@ from shardwright.types import PHASE_BUCKETS_S, FinishReason
 MIB = 1024 * 1024
 UNITS = ("seconds", "bytes", "ratio", "celsius", "watts", "info")
 COUNTED = {
+    "recovering",
     "event_listeners", "kv_blocks", "kv_blocks_cached", "kv_blocks_used", "pipeline_epoch", "pipeline_stages", "ready",
     "sequences_running", "sequences_waiting", "sequences_waiting_limit", "stage_epoch", "stage_layers",
     "stage_queue_depth", "steps_in_flight", "steps_in_flight_limit", "worker_up", "workers",

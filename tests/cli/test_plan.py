@@ -187,7 +187,7 @@ async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_p
     happened = []
 
     class FakeLocal:
-        def __init__(self, count, *, options):
+        def __init__(self, count, *, options, keep):
             self.count = count
             happened.append((count, tuple(options)))
 

@@ -159,7 +159,7 @@ async def test_a_failing_cluster_is_logged_once_and_so_is_its_return(monkeypatch
 
     monkeypatch.setattr("shardwright.cli.serve.FAILURE_CHECK_S", 0.01)
     engine = SimpleNamespace(failure="")
-    watching = asyncio.create_task(watch(engine))
+    watching = asyncio.create_task(watch(engine, recovers=False))
     for failure in ("", "worker1 is gone", ""):
         engine.failure = failure
         await asyncio.sleep(0.05)

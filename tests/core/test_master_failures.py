@@ -19,6 +19,7 @@ from shardwright.core.events import (
     StageLoadFailed,
     StepFailed,
     Tick,
+    WorkerJoined,
     WorkerLost,
 )
 from shardwright.core.master import MasterState
@@ -262,3 +263,56 @@ def test_a_sequence_that_the_smaller_pipeline_can_not_hold_ends_with_an_error():
         1,
         f"the prompt and its answer so far have 21 tokens, but all {num_blocks} KV blocks of 4 hold {4 * num_blocks}",
     )
+
+
+def test_a_model_that_was_lost_is_placed_again_when_a_worker_joins():
+    """Under an epoch above all that the worker has seen; what came between ended with the reason."""
+    master = ready_master("a", recover=True)
+    reason = tell(master, lost("a"))[-1].reason
+    assert tell(master, submit(1, (5,))) == [error(1, reason)]
+    again = WorkerJoined(capacity=joined("a").capacity, last_epoch=7)
+    assert assigned(tell(master, again)) == [(8, "a", LayerRange(0, 4))]
+    bring_up(master, epoch=8)
+    assert [type(effect) for effect in tell(master, submit(2, (5,)))] == [SendStep]
+
+
+def test_a_model_that_was_never_ready_is_not_placed_unasked():
+    master = MasterState(settings(recover=True), COSTS)
+    tell(master, Deploy())
+    assert tell(master, joined("a")) == []
+    assert master.next_deadline() is None
+
+
+def test_what_failed_is_tried_again_after_longer_and_longer_times_until_a_step_is_done():
+    master = ready_master("a", recover=True, max_redeploys=0, retry_after_s=5.0)
+    now, epoch = 0.0, 1
+    for wait in (5.0, 10.0, 20.0, 40.0, 80.0, 80.0):
+        tell(master, submit(epoch, (5,)), now=now)
+        tell(master, StepFailed(epoch=epoch, step=2, worker_id="a", reason="broken"), now=now)
+        assert master.next_deadline() == now + wait
+        now, epoch = now + wait, epoch + 1
+        assert assigned(tell(master, Tick(), now=now)) == [(epoch, "a", LayerRange(0, 4))]
+        bring_up(master, epoch=epoch, now=now)
+    tell(master, submit(epoch, (5,), new=9), sampled(2, (epoch, 9), epoch=epoch), now=now)
+    tell(master, StepFailed(epoch=epoch, step=3, worker_id="a", reason="broken"), now=now)
+    assert master.next_deadline() == now + 5.0
+
+
+def test_a_worker_that_joins_a_running_pipeline_is_a_spare():
+    master = ready_master("a", "b", recover=True)
+    tell(master, lost("b"))
+    bring_up(master, epoch=2)
+    assert tell(master, joined("b")) == []
+    assert assigned(tell(master, lost("a"))) == [(3, "b", LayerRange(0, 4))]
+
+
+def test_a_recovery_is_counted_with_its_time_and_what_is_computed_again():
+    master = ready_master("a", "b", recover=True)
+    tell(master, submit(1, (5, 6)), sampled(2, (1, 7)), now=1.0)
+    tell(master, lost("b"), now=2.0)
+    seen = master.snapshot()
+    assert seen.recovering_from == "worker b was lost: connection reset"
+    assert (seen.total_recoveries, seen.total_recomputed_tokens) == (0, 2)
+    bring_up(master, epoch=2, now=5.5)
+    seen = master.snapshot()
+    assert (seen.recovering_from, seen.total_recoveries, seen.total_recovery_s) == ("", 1, 3.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from live_sessions import Silence
@@ -64,8 +63,8 @@ def tiny(tmp_path_factory) -> Path:
 def make_sender(tiny, tmp_path):
     async def make(tokenizer: FakeTokenizer | None) -> _StageSender:
         config = MasterConfig(model=str(tiny), cache_dir=tmp_path)
-        workers = [SimpleNamespace(worker_id=name, entry=SimpleNamespace(address=f"{name}:1")) for name in ("a", "b")]
-        return _StageSender(await open_model(config, Silence()), tokenizer, workers, tmp_path, Silence())
+        addresses = {name: f"{name}:1" for name in ("a", "b")}
+        return _StageSender(await open_model(config, Silence()), tokenizer, addresses, tmp_path, Silence())
 
     return make
 

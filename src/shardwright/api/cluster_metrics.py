@@ -57,6 +57,10 @@ FAMILIES: Final = (
     Family("kv_blocks_cached", "gauge", "Free KV blocks that the prefix cache can give again."),
     # The pipeline.
     Family("pipeline_epoch", "gauge", "Number of the present pipeline."),
+    Family("recovering", "gauge", "1 while the model is placed anew after a pipeline broke."),
+    Family("recoveries_total", "counter", "Times that a pipeline took steps again after it was broken."),
+    Family("recovery_seconds_total", "counter", "From what broke pipelines to the first tokens of the new ones."),
+    Family("recomputed_tokens_total", "counter", "Tokens that are computed again, since a pipeline was lost."),
     Family("pipeline_stages", "gauge", "Stages of the present pipeline."),
     Family("steps_in_flight", "gauge", "Steps on their way through the pipeline."),
     Family("steps_in_flight_limit", "gauge", "Most steps that may be under way."),
@@ -163,6 +167,10 @@ class _Scrape:
         self._put("kv_blocks_used", snapshot.num_blocks - snapshot.num_free_blocks)
         self._put("kv_blocks_cached", snapshot.num_cached_blocks)
         self._put("pipeline_epoch", snapshot.epoch)
+        self._put("recovering", bool(snapshot.recovering_from))
+        self._put("recoveries_total", snapshot.total_recoveries)
+        self._put("recovery_seconds_total", snapshot.total_recovery_s)
+        self._put("recomputed_tokens_total", snapshot.total_recomputed_tokens)
         self._put("pipeline_stages", len(snapshot.stages))
         self._put("steps_in_flight", snapshot.num_steps_in_flight)
         self._put("steps_in_flight_limit", snapshot.max_steps_in_flight)

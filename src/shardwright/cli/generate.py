@@ -91,6 +91,8 @@ def generate(
     flags: options.ModelFlags,
     token_budget: options.TokenBudget = None,
     steps_in_flight: options.StepsInFlight = None,
+    recover: options.Recover = None,
+    heartbeat_timeout: options.HeartbeatTimeout = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer prompts with a model cut over several workers.
@@ -107,7 +109,12 @@ def generate(
     With --json each line is one prompt's object: prompt_ids, token_ids, text, finish_reason (stop, length, abort or
     error), stages (worker, start, end; end is exclusive), prefill_s and decode_s; after an error also error.
     """
-    settings = flags.master_config(token_budget=token_budget, steps_in_flight=steps_in_flight)
+    settings = flags.master_config(
+        token_budget=token_budget,
+        steps_in_flight=steps_in_flight,
+        recover=recover,
+        heartbeat_timeout_s=heartbeat_timeout,
+    )
     wish = make_wish(
         temperature=temperature,
         top_p=top_p,

@@ -113,6 +113,21 @@ OtlpEndpoint = Annotated[
         help="Send traces to this OTLP collector over gRPC, say http://localhost:4317 (default: none are made).",
     ),
 ]
+Recover = Annotated[
+    bool | None,
+    typer.Option(
+        "--recover/--no-recover",
+        help="When a worker is lost: place the model again over those that are left and go on, or end all requests "
+        "with an error. Default: --recover.",
+        show_default=False,
+    ),
+]
+HeartbeatTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--heartbeat-timeout", metavar="SECONDS", help="A worker that is silent for so long is lost (default: 10)."
+    ),
+]
 Url = Annotated[
     str, typer.Option("--url", metavar="URL", help="The API's address; /v1 is added where there is no path.")
 ]

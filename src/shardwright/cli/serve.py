@@ -88,14 +88,17 @@ def serve(
     otlp_endpoint: options.OtlpEndpoint = None,
     token_budget: options.TokenBudget = None,
     steps_in_flight: options.StepsInFlight = None,
+    recover: options.Recover = None,
+    heartbeat_timeout: options.HeartbeatTimeout = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line for each request.")] = False,
     debug: options.Debug = False,
 ) -> None:
     """Serve a model over the OpenAI-compatible HTTP API until Ctrl-C.
 
     Ctrl-C or SIGTERM takes no new requests, lets running answers go on for --shutdown-timeout, and ends; a second
-    one ends at once. When the cluster fails, the server stays up: requests get 503 with the reason, and so does
-    /ready. A browser sees the cluster at work at the server's address, a terminal with shardwright top.
+    one ends at once. When a worker is lost, the model is placed again over those that are left, and answers under way
+    go on. Where too few are left, the server stays up: requests get 503 with the reason, and so does /ready, until a
+    worker is back. A browser sees the cluster at work at the server's address, a terminal with shardwright top.
 
     [cyan]shardwright serve --model smollm2-135m --local-workers 2[/cyan]
 
@@ -108,6 +111,8 @@ def serve(
         max_running=max_running,
         token_budget=token_budget,
         steps_in_flight=steps_in_flight,
+        recover=recover,
+        heartbeat_timeout_s=heartbeat_timeout,
         otlp_endpoint=otlp_endpoint,
     )
     api = options.serve_config(
@@ -182,7 +187,7 @@ async def run_server(
                     print(ready_line(engine.model, url, needs_key=api.api_key_file is not None))
                     print(f"Dashboard: {reachable(url)}/", flush=True)
 
-                watching = asyncio.create_task(watch(session.engine), name="watch the cluster")
+                watching = asyncio.create_task(watch(session.engine, recovers=config.recover), name="watch the cluster")
                 try:
                     await serve_app(app, api, stop=signals.stop_serving(), listener=listener, on_listening=announce)
                 finally:
@@ -229,14 +234,17 @@ def reachable(url: str) -> str:
     return url.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
 
 
-async def watch(engine: MasterEngine) -> None:
+async def watch(engine: MasterEngine, *, recovers: bool) -> None:
     """Log when the cluster fails, and when it serves again."""
     told = ""
+    what_to_do = (
+        "; they are answered again when workers are back" if recovers else "; stop the server and start it again"
+    )
     while True:
         if engine.failure != told:
             told = engine.failure
             if told:
-                log.error("requests are answered with 503 from now on: %s; stop the server and start it again", told)
+                log.error("requests are answered with 503 from now on: %s%s", told, what_to_do)
             else:
                 log.warning("requests are answered again")
         await asyncio.sleep(FAILURE_CHECK_S)

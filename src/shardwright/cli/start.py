@@ -54,7 +54,7 @@ async def model_and_workers(
     from shardwright.runtime.session import open_model
 
     check_model_name(config.model)
-    local = LocalWorkers(local_workers, options=options)
+    local = LocalWorkers(local_workers, options=options, keep=config.recover)
     stack.push_async_callback(local.stop)
     await local.start()
     model = await open_model(config, progress)

@@ -78,6 +78,11 @@ class Cluster:
         worker = self.workers.get(worker_id)
         return worker is not None and worker.assignment is not None
 
+    def is_there(self, worker_id: WorkerId) -> bool:
+        """Whether the worker has joined and is not lost."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and worker.status is not WorkerStatus.LOST
+
     def join(self, capacity: WorkerCapacity) -> None:
         """A worker is there, new or again. It must not hold a stage."""
         worker = self.workers.get(capacity.worker_id)

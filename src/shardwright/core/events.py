@@ -50,6 +50,7 @@ class WorkerJoined:
     """A worker answered `Describe`; it may be placed from now on."""
 
     capacity: WorkerCapacity
+    last_epoch: Epoch = 0  # the newest that it has heard of: the next pipeline's is above it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ from shardwright.types import (
     GREEDY,
     BlockId,
     ClusterSnapshot,
+    Epoch,
     FinishReason,
     ModelCosts,
     SeqId,
@@ -64,6 +65,9 @@ from shardwright.types import (
     WorkerId,
     WorkerSnapshot,
 )
+
+_MOST_DOUBLINGS = 4
+"""Of the time after which a pipeline that was given up is tried again."""
 
 
 class PipelinePhase(enum.Enum):
@@ -110,6 +114,15 @@ class MasterState:
         self._load_deadline: float | None = None
         self._failure = ""  # why the phase is FAILED
         self._redeploys = 0  # recoveries since a step last finished
+        self._cause = ""  # what the last recovery began with
+        self._broken_since: float | None = None  # a recovery is under way, or none was possible yet
+        self._was_ready = False  # a pipeline was there once: only then is one tried again and again
+        self._retry_at: float | None = None
+        self._num_retries = 0  # since a step last finished
+        self._newest_seen: Epoch = 0  # by any worker
+        self._num_recoveries = 0
+        self._recovery_s = 0.0
+        self._num_recomputed_tokens = 0
         self._finished: Counter[FinishReason] = Counter()
         self._total_output_tokens = 0
         self.placement: Placement | None = None  # the last one made, for people to read
@@ -161,6 +174,7 @@ class MasterState:
             self._load_deadline,
             self._deadlines.next(),
             self._liveness.next_probe,
+            self._retry_at,
         ]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -175,6 +189,8 @@ class MasterState:
             late = [w for w, worker in self._cluster.workers.items() if worker.status is WorkerStatus.LOADING]
             what = f"still loading: {', '.join(late)}" if late else "no token came through the pipeline"
             effects += self._fail(f"the model was not ready after {self._settings.load_timeout_s:g} s ({what})")
+        if self._retry_at is not None and self._retry_at <= now:
+            effects += self._try_again(now)
         for seq_id in self._deadlines.take_expired(now):
             sequence = self._open[seq_id]
             message = f"the request's {sequence.timeout_s:g} s were over {_reached(sequence)}"
@@ -238,6 +254,9 @@ class MasterState:
             # A worker that introduces itself again has begun anew: the stage that it held is gone.
             effects = self._on_worker_lost(worker_id, "it was started again", now)
         self._cluster.join(event.capacity)
+        self._newest_seen = max(self._newest_seen, event.last_epoch)
+        if self._phase is PipelinePhase.FAILED and self._heals:
+            effects += self._try_again(now)
         return effects
 
     def _on_heartbeat(self, event: Heartbeat, now: float) -> list[MasterEffect]:
@@ -258,10 +277,10 @@ class MasterState:
         try:
             placement = place(self.costs, self._cluster.usable(), self._placement_settings)
         except PlacementError as exc:
-            return self._fail(f"{after}{exc}")
+            return self._fail(f"{after}{exc}", may_pass=False)
         self.placement = placement
         effects = self._close()
-        self._epoch += 1
+        self._epoch = max(self._epoch, self._newest_seen) + 1
         planned = placement.stages
         devices = [self._device_of(stage.worker_id) for stage in planned]
         self._stages = tuple(
@@ -294,6 +313,7 @@ class MasterState:
             token_budget=self._settings.token_budget,
             max_gap_ratio=self._settings.max_gap_ratio,
         )
+        self._num_recomputed_tokens += sum(sequence.num_computed_tokens for sequence in self._scheduler.running)
         effects += self._end(self._scheduler.restart(placement.num_blocks - self._num_probe_blocks))
         return effects
 
@@ -303,6 +323,7 @@ class MasterState:
         self._phase = PipelinePhase.NONE
         self._stages = ()
         self._load_deadline = None
+        self._retry_at = None
         self._last_step = 0
         self._liveness.begin()
         return [ClosePipeline(epoch=self._epoch)] if alive else []
@@ -316,12 +337,20 @@ class MasterState:
             effects.append(ReleaseStage(worker_id=worker_id, epoch=held.epoch))
         return effects
 
-    def _fail(self, reason: str) -> list[MasterEffect]:
-        """Give up: no pipeline, every open request ends with the reason, and so do new ones until the next Deploy."""
+    def _fail(self, reason: str, *, may_pass: bool = True) -> list[MasterEffect]:
+        """Give up: no pipeline, every open request ends with the reason, and so do new ones until the next Deploy.
+
+        With `recover`, a model that was ready once is placed again when a worker joins, and when some time is over
+        (`may_pass`: what stopped it may be gone then, though no worker joins).
+        """
         effects = self._close()
         effects += self._release(self._cluster.holders())
         self._phase = PipelinePhase.FAILED
         self._failure = reason
+        if may_pass and self._heals:
+            wait_s = self._settings.retry_after_s * 2 ** min(self._num_retries, _MOST_DOUBLINGS)
+            self._num_retries += 1
+            self._retry_at = self._now + wait_s
         effects.append(DeployFailed(reason=reason))
         self._scheduler.restart(0)
         for sequence in list(self._open.values()):
@@ -330,12 +359,24 @@ class MasterState:
         return effects
 
     def _recover_or_fail(self, reason: str, now: float) -> list[MasterEffect]:
+        if self._broken_since is None:
+            self._broken_since = now
+        self._cause = reason
         if not self._settings.recover:
             return self._fail(reason)
         if self._redeploys >= self._settings.max_redeploys:
             return self._fail(f"{reason}; gave up after {self._redeploys} recoveries without one finished step")
         self._redeploys += 1
         return self._deploy(now, after=f"{reason}; the model can't be placed again: ")
+
+    @property
+    def _heals(self) -> bool:
+        return self._settings.recover and self._was_ready
+
+    def _try_again(self, now: float) -> list[MasterEffect]:
+        """Place what was given up: a worker has joined since, or some time is over."""
+        self._redeploys = 0
+        return self._deploy(now, after=f"{self._cause}; the model can't be placed again: " if self._cause else "")
 
     def _on_loaded(self, event: StageLoaded) -> list[MasterEffect]:
         worker = self._cluster.workers.get(event.worker_id)
@@ -399,6 +440,7 @@ class MasterState:
         if mismatch is not None:
             return self._recover_or_fail(f"worker {self._stages[-1].worker_id} broke the protocol: {mismatch}", now)
         self._redeploys = 0
+        self._num_retries = 0
         self._back(event.step, now)
         effects: list[MasterEffect] = []
         for advance in self._scheduler.complete(event.step, event.tokens, event.prompt_scores):
@@ -433,6 +475,11 @@ class MasterState:
             return []
         self._phase = PipelinePhase.READY
         self._load_deadline = None
+        self._was_ready = True
+        if self._broken_since is not None:
+            self._num_recoveries += 1
+            self._recovery_s += now - self._broken_since
+            self._broken_since = None
         return [PipelineReady(epoch=self._epoch, stages=self._stages)]
 
     def _on_step_failed(self, event: StepFailed, now: float) -> list[MasterEffect]:
@@ -480,6 +527,16 @@ class MasterState:
         """Whether the pipeline takes steps and a real token came through it lately; false when a step is overdue."""
         return self._phase is PipelinePhase.READY and self._liveness.is_live(now)
 
+    def is_there(self, worker_id: WorkerId) -> bool:
+        """Whether a worker has joined and is not lost."""
+        return self._cluster.is_there(worker_id)
+
+    @property
+    def recovering_from(self) -> str:
+        """What a recovery that is under way began with; empty while none is."""
+        is_under_way = self._broken_since is not None and self._phase is not PipelinePhase.FAILED
+        return self._cause if is_under_way else ""
+
     def num_preemptions(self, seq_id: SeqId) -> int:
         """How often an open request gave its KV blocks up so far; 0 for one that is not open."""
         sequence = self._open.get(seq_id)
@@ -515,6 +572,10 @@ class MasterState:
             total_preemptions=scheduler.total_preemptions,
             max_waiting=self._settings.max_waiting or 0,
             num_cached_blocks=scheduler.pool.num_cached,
+            recovering_from=self.recovering_from,
+            total_recoveries=self._num_recoveries,
+            total_recovery_s=self._recovery_s,
+            total_recomputed_tokens=self._num_recomputed_tokens,
             finished=tuple((reason, self._finished[reason]) for reason in FinishReason if self._finished[reason]),
         )
 
@@ -526,6 +587,7 @@ class MasterState:
         assert sorted(queued) == sorted(self._open), f"open {sorted(self._open)}, queued {sorted(queued)}"
         holders = sorted(self._cluster.holders())
         assert holders == sorted(stage.worker_id for stage in self._stages), f"{holders} hold stages"
+        assert self._retry_at is None or self._phase is PipelinePhase.FAILED, "tries again what goes on"
         if self._phase in {PipelinePhase.NONE, PipelinePhase.FAILED}:
             assert not self._stages
             assert not self._open or self._phase is PipelinePhase.NONE

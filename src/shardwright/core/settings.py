@@ -33,6 +33,7 @@ class CoreSettings:
     max_gap_ratio: float = 2.3  # most that prompts beside it may stretch a sequence's gap between tokens, about
     recover: bool = False  # on a lost worker: place again over what is left; else end every request with an error
     max_redeploys: int = 3  # recoveries in a row without one finished step before the master gives up
+    retry_after_s: float = 5.0  # with `recover`: what was given up is tried again so long after, doubled each time
     first_epoch: Epoch = 1  # above every epoch that the workers may have seen from an earlier master
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class CoreSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name in ("heartbeat_timeout_s", "load_timeout_s", "probe_interval_s"):
+        for name in ("heartbeat_timeout_s", "load_timeout_s", "probe_interval_s", "retry_after_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0 seconds")

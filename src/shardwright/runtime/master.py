@@ -17,7 +17,7 @@ import functools
 import itertools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self, assert_never
 
@@ -68,6 +68,7 @@ from shardwright.types import (
     TokenId,
     TokenRules,
     WorkerCapacity,
+    WorkerDescription,
     WorkerId,
 )
 from shardwright.wire.messages import LoadDone, StepMessage, StepTrouble
@@ -78,6 +79,10 @@ RELEASE_TIMEOUT_S = 2.0
 
 StageLoader = Callable[[StageAssignment, WorkerClient], Awaitable[LoadDone]]
 """Sends a worker its stage and weights; raises `StageLoadError` when it refuses, `ClusterError` when it is gone."""
+
+
+Introducer = Callable[[WorkerId, WorkerClient], Awaitable[WorkerDescription]]
+"""Asks a worker that is not there (any more) who it is; raises a `ShardwrightError` while it can't be used."""
 
 
 Sink = Callable[[Sequence[RequestEvent]], None]
@@ -124,11 +129,14 @@ class MasterEngine:
         heartbeat_timeout_s: float,
         history_interval_s: float = 5.0,
         history_s: float = HISTORY_S,
+        introduce: Introducer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """With `introduce`, workers that are lost, or were not there at `deploy`, are asked again and again."""
         self._state = state
         self._workers = dict(workers)
         self._load_stage = load_stage
+        self._introduce = introduce
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._history_interval_s = history_interval_s
@@ -144,6 +152,11 @@ class MasterEngine:
         self._link: _StepLink | None = None
         self._loaded: dict[WorkerId, LoadDone] = {}
         self._assigned: dict[WorkerId, Epoch] = {}
+        self._loads: dict[WorkerId, asyncio.Task[None]] = {}
+        self._watched: set[WorkerId] = set()
+        self._num_joins: Counter[WorkerId] = Counter()
+        self._away: dict[WorkerId, str] = {}  # why a worker that was asked could not join: told once
+        self._recovering_from = ""
         self._ready: asyncio.Future[tuple[StageAssignment, ...]] | None = None
         self._load_error: ShardwrightError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -175,9 +188,14 @@ class MasterEngine:
             self._look()
         for capacity in capacities:
             self.observatory.worker_joined(capacity)
+            self._num_joins[capacity.worker_id] += 1
             self._handle(WorkerJoined(capacity=capacity))
-            self._spawn(self._watch(capacity.worker_id), f"heartbeat of {capacity.worker_id}")
         self._handle(Deploy())
+        for worker_id in self._workers:
+            is_wanted = self._introduce is not None or self._state.is_there(worker_id)
+            if is_wanted and worker_id not in self._watched:
+                self._watched.add(worker_id)
+                self._spawn(self._watch(worker_id), f"heartbeat of {worker_id}")
         return await self._ready
 
     async def __aenter__(self) -> Self:
@@ -314,7 +332,8 @@ class MasterEngine:
 
     async def refresh(self) -> None:
         """Ask every worker for a heartbeat now, so that the next snapshot is fresh."""
-        await asyncio.gather(*(self._beat(worker_id) for worker_id in self._workers))
+        there = [worker_id for worker_id in self._workers if self._state.is_there(worker_id)]
+        await asyncio.gather(*(self._beat(worker_id) for worker_id in there))
 
     # --- core --------------------------------------------------------------------------------------
 
@@ -333,8 +352,16 @@ class MasterEngine:
             self._events_due.clear()
             self._on_crash(f"handling {type(event).__name__}", exc)
             raise
+        self._note_recovery()
         self._tell_soon()
         self._set_timer()
+
+    def _note_recovery(self) -> None:
+        """Have the log tell when a recovery begins."""
+        reason = self._state.recovering_from
+        if reason and reason != self._recovering_from:
+            log.warning("%s; the model is placed again, open requests go on when that is done", reason)
+        self._recovering_from = reason
 
     def _now(self) -> float:
         """The core's time: the clock's, less what this event loop was held up (a stopped process, a blocked thread).
@@ -377,8 +404,12 @@ class MasterEngine:
         match effect:
             case AssignStage():
                 self._assigned[effect.assignment.worker_id] = effect.assignment.epoch
-                self._spawn(self._load(effect.assignment), f"load {effect.assignment.worker_id}")
+                self._stop_load(effect.assignment.worker_id)
+                self._loads[effect.assignment.worker_id] = self._spawn(
+                    self._load(effect.assignment), f"load {effect.assignment.worker_id}"
+                )
             case ReleaseStage():
+                self._stop_load(effect.worker_id)
                 self._spawn(self._release(effect.worker_id, effect.epoch), f"release {effect.worker_id}")
             case OpenPipeline():
                 self.observatory.pipeline_opened(effect.epoch, effect.stages)
@@ -488,8 +519,14 @@ class MasterEngine:
 
     # --- workers -----------------------------------------------------------------------------------
 
+    def _stop_load(self, worker_id: WorkerId) -> None:
+        """What is loaded there is of an older epoch: its end must not be taken for the new one's."""
+        task = self._loads.pop(worker_id, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
     async def _load(self, assignment: StageAssignment) -> None:
-        worker_id = assignment.worker_id
+        worker_id, num_joins = assignment.worker_id, self._num_joins[assignment.worker_id]
         try:
             done = await self._load_stage(assignment, self._workers[worker_id])
         except StageLoadError as exc:
@@ -497,7 +534,7 @@ class MasterEngine:
             self._handle(StageLoadFailed(worker_id=worker_id, epoch=assignment.epoch, reason=str(exc)))
         except ClusterError as exc:
             self._on_load_error(exc)
-            self._handle(WorkerLost(worker_id=worker_id, reason=str(exc)))
+            self._lose(worker_id, str(exc), num_joins)
         except ShardwrightError as exc:
             self._on_load_error(exc)
             self._handle(StageLoadFailed(worker_id=worker_id, epoch=assignment.epoch, reason=str(exc)))
@@ -515,15 +552,49 @@ class MasterEngine:
         with contextlib.suppress(ShardwrightError):  # a worker that is gone holds nothing
             await self._workers[worker_id].release(epoch, timeout_s=RELEASE_TIMEOUT_S)
 
+    def _lose(self, worker_id: WorkerId, reason: str, num_joins: int) -> None:
+        """A call to a worker failed; no news if it has joined again since the call began."""
+        if num_joins == self._num_joins[worker_id]:
+            self._handle(WorkerLost(worker_id=worker_id, reason=reason))
+
     async def _watch(self, worker_id: WorkerId) -> None:
-        alive = True
-        while alive:
-            alive = await self._beat(worker_id)
+        while True:
+            if self._state.is_there(worker_id):
+                await self._beat(worker_id)
+            elif self._introduce is not None:
+                await self._take_back(worker_id, self._introduce)
+            else:
+                return
             await asyncio.sleep(self._heartbeat_interval_s)
 
-    async def _beat(self, worker_id: WorkerId) -> bool:
-        """One heartbeat; False when the worker is known to be gone. A slow answer is left to the core's deadline."""
+    async def _take_back(self, worker_id: WorkerId, introduce: Introducer) -> None:
+        """Ask a worker that is lost, or was never there, whether it can be used (again)."""
+        client = self._workers[worker_id]
+        try:
+            description = await introduce(worker_id, client)
+            held = self._assigned.get(worker_id)
+            if held is not None:  # what it held, if it still does, is of an epoch that is over
+                await client.release(held, timeout_s=RELEASE_TIMEOUT_S)
+        except ShardwrightError as exc:
+            if self._away.get(worker_id) != type(exc).__name__:
+                log.info("worker %s can't be used: %s", worker_id, exc)
+            self._away[worker_id] = type(exc).__name__
+            return
+        if self._assigned.get(worker_id) != held:
+            return  # it was given a stage meanwhile
+        self._assigned.pop(worker_id, None)
+        self._away.pop(worker_id, None)
+        self._num_joins[worker_id] += 1
+        log.warning("worker %s at %s is there again", worker_id, client.address)
+        capacity = description.capacity(worker_id)
+        self.observatory.worker_described(worker_id, description, client.address)
+        self.observatory.worker_joined(capacity)
+        self._handle(WorkerJoined(capacity=capacity, last_epoch=description.last_epoch))
+
+    async def _beat(self, worker_id: WorkerId) -> None:
+        """One heartbeat. A slow answer is left to the core's deadline."""
         observatory = self.observatory
+        num_joins = self._num_joins[worker_id]
         traces_since = observatory.asking(worker_id)
         sent_s = self._clock()
         try:
@@ -532,15 +603,14 @@ class MasterEngine:
             )
         except ShardwrightError as exc:
             observatory.error(type(exc).__name__)
-            self._handle(WorkerLost(worker_id=worker_id, reason=str(exc)))
-            return False
+            self._lose(worker_id, str(exc), num_joins)
+            return
         finally:
             observatory.asked(worker_id, traces_since)
         report = observatory.heard(
             worker_id, report, sent_s=sent_s, returned_s=self._clock(), traces_since=traces_since
         )
         self._handle(Heartbeat(worker_id=worker_id, report=report))
-        return True
 
     def _look(self) -> None:
         """Have a point of the history noted, now and after each interval."""

@@ -169,6 +169,11 @@ class MasterObservatory:
         watch.address = address
         watch.description = description
 
+    def device(self, worker_id: WorkerId) -> str:
+        """What a worker that has joined computes on."""
+        capacity = self._watches[worker_id].capacity
+        return capacity.device if capacity is not None else ""
+
     def asking(self, worker_id: WorkerId) -> int | None:
         """A heartbeat is to be asked for: from which step on its traces are wanted; None: another brings them."""
         watch = self._watches[worker_id]

@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,18 +118,7 @@ class KnownWorker:
     @property
     def capacity(self) -> WorkerCapacity:
         """What placement needs to know of it."""
-        return WorkerCapacity(
-            worker_id=self.worker_id,
-            host_id=self.description.host_id,
-            device=self.description.device,
-            memory_bytes=self.description.memory_available_bytes,
-            read_bandwidth=self.description.read_bandwidth,
-            matrix_rate=self.description.matrix_rate,
-            shared_memory_bytes=self.description.shared_memory_bytes,
-            offload=self.description.offload,
-            offload_bytes=self.description.offload_bytes,
-            offload_bandwidth=self.description.offload_bandwidth,
-        )
+        return self.description.capacity(self.worker_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,13 +200,18 @@ async def meet_workers(
 def check_versions(workers: Sequence[KnownWorker]) -> None:
     """Raises `VersionMismatchError` for a worker whose protocol or package differs in a way that matters."""
     for worker in workers:
-        theirs = worker.description.protocol_version
-        if theirs != PROTOCOL_VERSION:
-            raise VersionMismatchError(
-                f"worker {worker.worker_id} at {worker.entry.address} speaks protocol {theirs} "
-                f"(shardwright {worker.description.package_version}), this master speaks {PROTOCOL_VERSION}: "
-                "install the same version of shardwright on both"
-            )
+        check_version(worker.worker_id, worker.entry.address, worker.description)
+
+
+def check_version(worker_id: WorkerId, address: str, description: WorkerDescription) -> None:
+    """Raises `VersionMismatchError` for a worker that speaks another protocol."""
+    theirs = description.protocol_version
+    if theirs != PROTOCOL_VERSION:
+        raise VersionMismatchError(
+            f"worker {worker_id} at {address} speaks protocol {theirs} "
+            f"(shardwright {description.package_version}), this master speaks {PROTOCOL_VERSION}: "
+            "install the same version of shardwright on both"
+        )
 
 
 def check_free(workers: Sequence[KnownWorker]) -> None:
@@ -368,7 +362,7 @@ class Session:
                 StageRow(
                     stage=stage.stage_index,
                     worker=stage.worker_id,
-                    device=next(w.description.device for w in self.workers if w.worker_id == stage.worker_id),
+                    device=self.engine.observatory.device(stage.worker_id),
                     start=stage.layers.start,
                     end=stage.layers.end,
                     weights_bytes=done.weight_bytes if done is not None else 0,
@@ -426,17 +420,25 @@ async def open_session(
         capacities = tuple(worker.capacity for worker in known)
         place(model.costs, capacities, placement_settings(config, model.costs))  # raises before anything starts
         check_free(known)
+        clients = {worker.worker_id: worker.client for worker in known}
+        if config.recover:  # who does not answer now may later
+            for worker_id, entry in zip(name_workers(entries), entries, strict=True):
+                if worker_id not in clients:
+                    clients[worker_id] = transport.connect(entry.address)
+                    stack.push_async_callback(clients[worker_id].close)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
         tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
-        sender = _StageSender(model, tokenizer, known, config.cache_dir, listener)
+        addresses = {worker_id: client.address for worker_id, client in clients.items()}
+        sender = _StageSender(model, tokenizer, addresses, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),
-            {worker.worker_id: worker.client for worker in known},
+            clients,
             sender if tracing is None else tracing.loader(sender),
             heartbeat_interval_s=config.heartbeat_interval_s,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             history_interval_s=config.metrics_interval_s,
             history_s=config.metrics_history_s,
+            introduce=functools.partial(_introduce, timeout_s=config.connect_timeout_s) if config.recover else None,
         )
         for worker in known:
             engine.observatory.worker_described(worker.worker_id, worker.description, worker.entry.address)
@@ -451,6 +453,15 @@ async def open_session(
             task = asyncio.create_task(files.keep(), name="metrics")
             stack.push_async_callback(files.end, task)
         yield session
+
+
+async def _introduce(worker_id: WorkerId, client: WorkerClient, *, timeout_s: float) -> WorkerDescription:
+    """Who a worker is that may have been started again, checked as at the start."""
+    description = await client.describe(timeout_s=timeout_s)
+    check_version(worker_id, client.address, description)
+    if description.in_use:
+        raise ClusterError(f"worker {worker_id} at {client.address} is serving another master")
+    return description
 
 
 def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -> CoreSettings:
@@ -469,6 +480,7 @@ def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -
         max_steps_in_flight=config.steps_in_flight or None,
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         probe_interval_s=config.probe_interval_s or None,
+        recover=config.recover,
         first_epoch=first_epoch,
     )
 
@@ -543,13 +555,13 @@ class _StageSender:
         self,
         model: OpenModel,
         tokenizer: Tokenizer | None,
-        workers: Sequence[KnownWorker],
+        addresses: Mapping[WorkerId, str],
         cache_dir: Path,
         listener: SessionListener,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._addresses = {worker.worker_id: worker.entry.address for worker in workers}
+        self._addresses = addresses
         self._cache_dir = cache_dir
         self._listener = listener
         self._master_id = secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, on a real master with two real workers; the last test kills one of them.
+"""The dashboard in a real browser, on a real master with two real workers; the last test kills one.
 
 Its screenshots are written to `build/screenshots`.
 """
@@ -202,29 +202,37 @@ def test_axe_finds_nothing_serious_and_screenshots_are_kept(served, shown, optio
     assert sizes[0] <= sizes[1]
 
 
-def test_a_killed_worker_is_shown_lost_with_its_layers_and_the_reason(served, browser):
-    """Last in this file: the server's cluster has failed afterwards."""
+def test_a_killed_worker_the_recovery_and_the_new_epoch_are_seen_as_they_happen(served, browser):
+    """An answer that is under way goes on, and the worker is a spare when it was started again."""
+    expected = served.answer(QUESTION, max_tokens=600)
     with visit(browser, served.url) as visited:
         page = visited.page
         expect(page.locator("#ready")).to_have_text("ready")
-        victim = served.ask("api/state")["workers"][1]
+        before = served.ask("api/state")
+        victim = before["workers"][1]
         port = int(victim["address"].rpartition(":")[2])
         (process,) = [
             each
             for each in served.run.descendants()
             if any(link.status == "LISTEN" and link.laddr.port == port for link in each.net_connections("tcp"))
         ]
+        chat(page, QUESTION, max_tokens=600)
+        expect(page.locator(".message.assistant .message-text")).not_to_be_empty()
         process.kill()
-        lost = page.locator('#stages .stage[data-status="lost"]')
+        lost = page.locator('[data-status="lost"]')
         expect(lost).to_have_count(1)
         expect(lost.locator("h3")).to_have_text(victim["worker_id"])
-        expect(lost).to_contain_text(f"held {victim['first_layer']}")
         expect(lost.locator(".failure")).to_contain_text(re.compile("Lost: .{10,}"))
-        expect(page.locator("#ready")).to_have_text("failed")
-        expect(page.locator("#failure")).to_contain_text("No request can be answered")
-        expect(page.locator("#log-list")).to_contain_text(f"worker {victim['worker_id']} is lost")
-        assert (visited.complaints, visited.refused()) == ([], [])
         shot(page, "lost")
-        chat(page, QUESTION, max_tokens=5)
-        expect(page.locator("#chat-status")).to_contain_text(victim["worker_id"])
-        assert all("503" in each for each in visited.complaints)
+        log = page.locator("#log-list")
+        expect(log).to_contain_text(f"worker {victim['worker_id']} is lost")
+        expect(log).to_contain_text(re.compile(rf"epoch {before['snapshot']['epoch'] + 1} begins"))
+        expect(log).to_contain_text("recovered: the new pipeline takes steps")
+        expect(page.locator("#ready")).to_have_text("ready")
+        expect(page.locator("#layer-map .layer-part")).to_have_count(1)
+        expect(page.locator("#chat-status")).to_contain_text("complete")
+        assert page.locator(".message.assistant .message-text").text_content() == expected
+        expect(log).to_contain_text(f"worker {victim['worker_id']} is joining")
+        shot(page, "recovered")
+        assert served.answer(QUESTION, max_tokens=600) == expected
+        assert (visited.complaints, visited.refused()) == ([], [])

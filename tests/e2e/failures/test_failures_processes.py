@@ -75,7 +75,7 @@ def check_serves(master, cluster, tiny):
 @pytest.mark.slow
 def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_run, error_of):
     """The master's own workers: the second is killed while the answer is under way."""
-    run = long_run("--local-workers", 2)
+    run = long_run("--local-workers", 2, "--no-recover")
     run.wait_for("^ready: 2 stages")
     time.sleep(0.3)
     victim = max(run.descendants(), key=lambda process: process.pid)
@@ -94,8 +94,9 @@ def test_a_worker_killed_while_it_loads_is_named(processes, tiny, tmp_path, erro
     registry = write_registry(tmp_path / "workers.json", [port for _, port in pairs])
     (survivor, _), (victim, _) = pairs
     run = processes.run(
-        "generate", "--model", tiny.folder, "--registry", registry, "--cache-dir", tmp_path / "cache", *LONG
-    )
+        "generate", "--model", tiny.folder, "--registry", registry, "--cache-dir", tmp_path / "cache", *LONG,
+        "--no-recover",
+    )  # fmt: skip
     run.wait_for("^(model|worker2): ")
     victim.send(signal.SIGKILL)
     code, seconds = wait_until_it_ends(run)

@@ -90,6 +90,26 @@ def serve(processes, tiny):
     return start
 
 
+@pytest.fixture(scope="package")
+def serve_in(tiny):
+    """Starts servers that end with the processes that they are started among."""
+
+    def start(processes, *options, **how):
+        return Server(processes, tiny.folder, *options, **how)
+
+    return start
+
+
+@pytest.fixture(scope="package")
+def byte_ids() -> dict[bytes, int]:
+    """The tiny model's token ids by what they stand for."""
+    plain = [byte for byte in range(256) if chr(byte) in ALPHABET]
+    others = (byte for byte in range(256) if byte not in plain)
+    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    stands_for = [*(text.encode() for text in SPECIALS), *(bytes([byte_of[char]]) for char in ALPHABET)]
+    return {text: n for n, text in enumerate(stands_for)}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny):
     """One server for a module's tests."""

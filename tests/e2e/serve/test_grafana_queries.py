@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_server import prometheus_in
 from promql_names import with_values
-from real_processes import eventually
+from real_processes import eventually, processes_in
 
 from shardwright.cli.app import main
 from shardwright.grafana.alerts import alerts
@@ -90,6 +90,15 @@ class Watched:
         with httpx.Client(base_url=self.server.url, timeout=60) as client:
             while time.monotonic() < end:
                 client.post("/v1/chat/completions", json=body).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, serve_in):
+    """One that does not recover, so that what the last test breaks stays broken."""
+    with processes_in(tmp_path_factory.mktemp("served")) as started:
+        running = serve_in(started, "--served-model-name", "tiny", "--no-recover")
+        assert running.url
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,9 @@ def monitored(tmp_path_factory, tiny):
             for _ in range(2)
         ]  # fmt: skip
         registry = write_registry(folder / "workers.json", [port_of(worker) for worker in workers])
-        server = Server(started, tiny.folder, "--served-model-name", "tiny", "--registry", registry, local_workers=0)
+        server = Server(
+            started, tiny.folder, "--served-model-name", "tiny", "--registry", registry, "--no-recover", local_workers=0
+        )
         with prometheus_in(folder, scrape=scrape_of(server.url)) as prometheus:
             running = Monitored(server, workers, prometheus, tiny.model.config.hidden_size)
             for number in range(running.num_requests):

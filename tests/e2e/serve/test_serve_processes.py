@@ -176,8 +176,8 @@ def test_workers_end_when_the_server_is_killed(serve):
 
 @pytest.mark.slow
 def test_a_lost_worker_leaves_the_server_up_with_the_reason(serve, tiny):
-    """Answers under way end with an error, new ones get 503, /ready says 503, the log says so, exit code 3."""
-    server = serve()
+    """Told not to recover: answers under way end with an error, new ones get 503, so does /ready; exit code 3."""
+    server = serve("--no-recover")
     name = tiny.folder.name
     assert httpx.get(f"{server.url}/ready").status_code == 200
     with client_of(server) as client:

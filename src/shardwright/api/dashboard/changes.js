@@ -26,6 +26,9 @@ export function changesBetween(before, after) {
     else say(worker.status === "ready" ? "good" : "note", `worker ${worker.worker_id} is ${worker.status}`);
   }
   for (const id of old.keys()) say("note", `worker ${id} is gone from the list`);
+  const reason = after.snapshot.recovering_from;
+  if (reason && reason !== before.snapshot.recovering_from) say("bad", `the model is placed again: ${reason}`);
+  if (after.snapshot.total_recoveries > before.snapshot.total_recoveries) say("good", "recovered: the new pipeline takes steps");
   if (before.snapshot.epoch !== after.snapshot.epoch) {
     say("note", `epoch ${after.snapshot.epoch} begins: ${placementOf(after)}`);
   }

@@ -60,7 +60,8 @@ function onState(fresh) {
 
 function showView() {
   if (!view) return;
-  const [level, text] = view.failure ? ["bad", "failed"] : view.is_ready ? ["good", "ready"] : ["warn", "not ready"];
+  const waiting = view.snapshot.recovering_from ? "recovering" : "not ready";
+  const [level, text] = view.failure ? ["bad", "failed"] : view.is_ready ? ["good", "ready"] : ["warn", waiting];
   setAttribute(byId("ready"), "data-level", level);
   setText(byId("ready"), text);
   setText(byId("model"), view.model_name);
