@@ -397,6 +397,7 @@ class WorkerDescription:
     shared_memory_bytes: int = 0  # what all workers on its device may use together now; 0: not told
     in_use: bool = False  # a master or another stage has a stream open to it
     metrics_port: int = 0  # where it answers Prometheus; 0: nowhere
+    num_ranks: int = 1  # devices that compute each layer together; memory, speed and threads are theirs together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -467,6 +468,21 @@ WEIGHT_SOURCES = ("disk", "cache", "network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankLoad:
+    """How one further device of a worker does, and the process that computes on it."""
+
+    rank: int  # from 1 on: rank 0 is the worker's own process, and its load is the report's
+    device: str
+    device_name: str
+    process_memory_bytes: int
+    gpu_utilization: float | None = None  # percent; None without a GPU that can be asked
+    gpu_memory_used_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
+    gpu_temperature_c: float | None = None
+    gpu_power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReport:
     """A worker's state as of `timestamp` (seconds since 1970, the worker's clock)."""
 
@@ -498,6 +514,7 @@ class HeartbeatReport:
     link: LinkReport | None = None  # None on the last stage, and without a stage
     errors: tuple[tuple[str, int], ...] = ()  # by kind (the error class's name), since the process began
     loaded_bytes: tuple[tuple[str, int], ...] = ()  # weights by source (disk, cache, network), since the process began
+    ranks: tuple[RankLoad, ...] = ()  # the worker's devices beside `device`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

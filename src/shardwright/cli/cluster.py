@@ -42,6 +42,15 @@ def worker(
     ] = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    tensor_parallel: options.TensorParallel = None,
+    all_reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--all-reduce",
+            metavar="HOW",
+            help="How ranks on CPUs add up: shm (DeepSpeed's kernel, needs g++ and ninja), gloo or auto (default: auto).",
+        ),
+    ] = None,
     memory_gib: Annotated[
         float | None,
         typer.Option(
@@ -67,6 +76,8 @@ def worker(
     [cyan]shardwright worker[/cyan]
 
     [cyan]shardwright worker --port 50052 --device cuda:1[/cyan]
+
+    [cyan]shardwright worker --tensor-parallel 2[/cyan]
     """
     settings = options.worker_config(
         config,
@@ -74,6 +85,8 @@ def worker(
         port=port,
         device=device,
         threads=threads,
+        tensor_parallel=tensor_parallel,
+        all_reduce=all_reduce,
         memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
         cache_dir=cache_dir,
         otlp_endpoint=otlp_endpoint,
@@ -194,7 +207,7 @@ async def serve_worker(config: WorkerConfig, *, announce: Callable[[str, str], N
         os.environ.setdefault(name, value)
     from shardwright.runtime.worker_process import run_worker
 
-    await run_worker(config, announce=announce)
+    await run_worker(config, announce=announce, say=say)
 
 
 async def probe_all(entries: tuple[WorkerEntry, ...], transport: Transport) -> list[Probe]:

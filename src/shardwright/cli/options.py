@@ -73,6 +73,16 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads of a worker; 0: every core it may use (default: 0)."),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Devices (GPUs, or processes on CPU cores) over which DeepSpeed cuts each layer of a worker (default: 1).",
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(
@@ -127,6 +137,7 @@ class ModelFlags:
     dtype: Dtype = None
     device: Device = None
     threads: Threads = None
+    tensor_parallel: TensorParallel = None
     kv_tokens: KvTokens = None
     block_size: BlockSize = None
     cache_dir: CacheDir = None
@@ -142,13 +153,18 @@ class ModelFlags:
 
         Raises `ConfigError` for flags that would have no effect: a registered worker got its own when it was started.
         """
-        for name, value in (("--device", self.device), ("--threads", self.threads)):
+        of_workers = (
+            ("--device", self.device),
+            ("--threads", self.threads),
+            ("--tensor-parallel", self.tensor_parallel),
+        )
+        for name, value in of_workers:
             if value is not None and not self.local_workers:
                 raise ConfigError(
                     f"{name} is for --local-workers; a registered worker gets it where it is started: "
                     f"shardwright worker {name} {value}"
                 )
-        given = (("--device", self.device), ("--threads", self.threads), ("--cache-dir", self.cache_dir))
+        given = (*of_workers, ("--cache-dir", self.cache_dir))
         return [word for name, value in given if value is not None for word in (name, str(value))]
 
 
