@@ -33,6 +33,7 @@ from shardwright.model.skeleton import StageEnd
 from shardwright.types import LayerRange
 
 _KERNEL = "deepspeed_shm_comm"
+_ADDRESS = "127.0.0.1"
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
 """No limit of its own: whoever started the ranks watches them, and an idle worker may wait for its next step."""
 
@@ -112,7 +113,7 @@ def join_group(
         WORLD_SIZE=str(num_ranks),
         LOCAL_RANK=str(rank),
         LOCAL_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=_ADDRESS,
         MASTER_PORT=re.sub(r"\W", "", meeting.parent.name),  # names the kernel's shared memory; the folder is random
         GLOO_SOCKET_IFNAME=_loopback(),
     )
@@ -133,6 +134,10 @@ def join_group(
             if kernels is not None:
                 _kernel_builder().load()
         comm.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if kernels is not None:
+        torch.distributed.barrier()  # each has opened the others' memory, which then needs no name
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{_ADDRESS}_{os.environ['MASTER_PORT']}_{rank}"
+        (Path("/dev/shm") / name).unlink(missing_ok=True)  # noqa: S108  or it would stay when the process is killed
     return RankGroup(
         rank=rank, num_ranks=num_ranks, device=device, all_reduce="shm" if kernels is not None else backend
     )
