@@ -6,6 +6,7 @@ seconds as floats, sizes are bytes, rates are bytes or operations per second.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -291,6 +292,13 @@ class ModelCosts:
     context_costs: tuple[tuple[int, float], ...] = ()
     """Pairs of (window, cost of one attended position for a token), one for each length of window in the model; the
     unit is the cost of a token without attention. Empty: attention costs nothing beside the rest."""
+    layer_kv_heads: tuple[int, ...] = ()  # the fewest of each layer's attentions; empty: not known
+
+    def for_ranks(self, num_ranks: int) -> ModelCosts:
+        """What workers of so many ranks need: where a layer has fewer KV heads than ranks, several hold the same."""
+        copies = (max(num_ranks // heads, 1) for heads in self.layer_kv_heads)
+        sizes = tuple(size * count for size, count in zip(self.layer_kv_bytes_per_token, copies, strict=True))
+        return dataclasses.replace(self, layer_kv_bytes_per_token=sizes)
 
     @property
     def num_layers(self) -> int:

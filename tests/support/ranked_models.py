@@ -69,9 +69,7 @@ class RankedModel(SplitModel):
                 assignment=assignment, model_config=config_json, dtype=dtype, tensors=(), file_hints=(), next_address=""
             )
             self.stages.append(
-                ranks.build(
-                    load, tensors=raw.as_fields(), raw=raw, vocabulary=None, progress=self.progress.append
-                )
+                ranks.build(load, tensors=raw.as_fields(), raw=raw, vocabulary=None, progress=self.progress.append)
             )
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from shardwright.types import (
     MachineMeasures,
     PhaseTimes,
     PromptScores,
+    RankLoad,
     SamplingParams,
     SequenceSetup,
     SequenceSlice,
@@ -247,6 +248,7 @@ descriptions = st.builds(
     matrix_rate=figure,
     num_threads=st.integers(0, 2**32 - 1),
     metrics_port=st.integers(0, 65535),
+    num_ranks=st.integers(1, 64),
 )
 
 
@@ -305,6 +307,21 @@ reports = st.builds(
         st.tuples(st.sampled_from(["LinkLostError", "Übel", "other"]), u64), max_size=3, unique_by=itemgetter(0)
     ),
     loaded_bytes=tuples_of(st.tuples(st.sampled_from(WEIGHT_SOURCES), u64), max_size=3, unique_by=itemgetter(0)),
+    ranks=tuples_of(
+        st.builds(
+            RankLoad,
+            rank=st.integers(1, 63),
+            device=short,
+            device_name=maybe_text,
+            process_memory_bytes=u64,
+            gpu_utilization=st.none() | figure,
+            gpu_memory_used_bytes=st.none() | u64,
+            gpu_memory_total_bytes=st.none() | u64,
+            gpu_temperature_c=st.none() | figure,
+            gpu_power_w=st.none() | figure,
+        ),
+        max_size=3,
+    ),
 )
 matrix_dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
 machines = st.builds(
@@ -779,6 +796,8 @@ def raw_machine(**fields):
         (raw_report(errors=[pb.NamedCount(name="a sentence")]), "'a sentence'; it must be the name of a class"),
         (raw_report(errors=[pb.NamedCount()]), "errors: name is empty"),
         (raw_report(loaded_bytes=[pb.NamedCount(name="tape")]), "'tape'; known: disk, cache, network"),
+        (raw_report(ranks=[pb.RankLoad(device="cpu")]), "RankLoad.rank is 0"),
+        (raw_report(ranks=[pb.RankLoad(rank=1, device="cpu")] * 64), "HeartbeatReport.ranks"),
     ],
 )
 def test_a_report_out_of_range_is_refused(message, complaint):

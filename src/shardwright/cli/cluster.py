@@ -48,7 +48,7 @@ def worker(
         typer.Option(
             "--all-reduce",
             metavar="HOW",
-            help="How ranks on CPUs add up: shm (DeepSpeed's kernel, needs g++ and ninja), gloo or auto (default: auto).",
+            help="How CPU ranks add up: shm (DeepSpeed's kernel; needs g++ and ninja), gloo, auto (default: auto).",
         ),
     ] = None,
     memory_gib: Annotated[
@@ -184,6 +184,7 @@ class Probe:
             "device_name": about and about.device_name,
             "memory_total_bytes": about and about.memory_total_bytes,
             "memory_available_bytes": about and about.memory_available_bytes,
+            "num_ranks": about and about.num_ranks,
             "read_bandwidth": about and about.read_bandwidth,
             "version": about and about.package_version,
             "epoch": report and report.epoch,
@@ -244,7 +245,7 @@ def _table(probes: list[Probe]) -> Table:
             probe.entry.username,
             probe.entry.address,
             "[green]idle[/green]" if report.epoch == 0 else f"[yellow]in use, {report.queue_depth} waiting[/yellow]",
-            f"{about.device} ({about.device_name})",
+            f"{about.device}{f' x {about.num_ranks}' if about.num_ranks > 1 else ''} ({about.device_name})",
             f"{about.memory_available_bytes / GIB:.1f} of {about.memory_total_bytes / GIB:.1f} GiB",
             use,
             f"{(probe.round_trip_s or 0.0) * 1000:.1f} ms",

@@ -31,6 +31,7 @@ MAX_RANKS = 64
 _COLUMNS = frozenset({"colwise", "colwise_gather_output", "colwise_rep"})
 _ROWS = frozenset({"rowwise", "rowwise_split_input"})
 _WHOLE = frozenset({"replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params", "embedding_rowwise"})
+_EXPERTS = frozenset({"moe_tp_experts", "packed_colwise", "packed_rowwise"})  # in the plan of models without any, too
 _COMMON_STYLES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"), "colwise"),
     **dict.fromkeys(("o_proj", "out_proj", "down_proj", "fc2"), "rowwise"),
@@ -83,7 +84,10 @@ class _Draft:
 
 
 def plan_ranks(config: PreTrainedConfig, plan: FamilyPlan, *, rank: int, num_ranks: int) -> RankPlan:
-    """What `rank` holds of a model. Raises `UnsupportedModelError` where it can't be cut so, with the counts that can."""
+    """What `rank` holds of a model.
+
+    Raises `UnsupportedModelError` where it can't be cut into so many parts; the message has the numbers that it can.
+    """
     if plan.model_type not in SHARDABLE_FAMILIES:
         raise UnsupportedModelError(
             f"models of the family {plan.model_type!r} can't be cut over several devices of one worker; start it"
@@ -96,24 +100,7 @@ def plan_any_family(config: PreTrainedConfig, plan: FamilyPlan, *, rank: int, nu
     """`plan_ranks` without the list of families that were tried; what it gives may be wrong for others."""
     assert 0 <= rank < num_ranks
     try:
-        model = build_meta_model(config, torch.float32, attention=PROBE_NAME)
-        fits = _count_that_fits(model, plan)
-        if not fits(num_ranks):
-            possible = [count for count in range(2, MAX_RANKS + 1) if fits(count)]
-            heads = plan.probed.layers[0].attentions[0]
-            raise _CannotShardError(
-                f"its {heads.query_heads} query heads, {heads.kv.heads} KV heads and other sizes don't divide by"
-                f" {num_ranks} ranks; "
-                + (f"what does is {_one_of(possible)}" if possible else "no number of ranks would do")
-            )
-        draft = _draft(model, plan, rank, num_ranks)
-        apply_shapes(model, draft.shards)
-        patch_head_counts(model, plan, num_ranks)
-        for norm in draft.norms:
-            hook_joint_norm(model.get_submodule(norm.module), norm, rank, num_ranks, gather=_gathered_shape)
-        with CONSTRUCTION:
-            probed = probe(model, plan.layers)
-        _check_heads(plan, probed.layers, num_ranks)
+        draft, layers = _cut(config, plan, rank, num_ranks)
     except (_CannotShardError, ProbeError) as exc:
         raise UnsupportedModelError(
             f"this {plan.model_type} model can't be cut over {num_ranks} devices of one worker: {exc}"
@@ -126,7 +113,7 @@ def plan_any_family(config: PreTrainedConfig, plan: FamilyPlan, *, rank: int, nu
         rows=frozenset(draft.rows),
         fused=draft.fused,
         joint_norms=tuple(draft.norms),
-        layers=probed.layers,
+        layers=layers,
         embedding=plan.embedding,
         head=plan.head,
         vocabulary=tuple(b - a for a, b in (_even(plan.vocabulary, r, num_ranks) for r in range(num_ranks))),
@@ -150,7 +137,7 @@ def patch_head_counts(model: nn.Module, plan: FamilyPlan, num_ranks: int, layers
     for index in range(plan.num_layers) if layers is None else range(layers.start, layers.end):
         for attention in plan.probed.layers[index].attentions:
             module: Any = model.get_submodule(_join(f"{plan.layers}.{index}", attention.module))
-            counts = {name: attention.query_heads // num_ranks for name in _QUERY_COUNTS}
+            counts = dict.fromkeys(_QUERY_COUNTS, attention.query_heads // num_ranks)
             counts |= {name: max(1, attention.kv.heads // num_ranks) for name in _KEY_COUNTS}
             config = getattr(module, "config", None)
             if config is not None:
@@ -190,9 +177,36 @@ def _gathered_shape(x: torch.Tensor, num_ranks: int) -> torch.Tensor:
 # --- one model's plan ----------------------------------------------------------------------------------------
 
 
+def _cut(
+    config: PreTrainedConfig, plan: FamilyPlan, rank: int, num_ranks: int
+) -> tuple[_Draft, tuple[LayerFacts, ...]]:
+    """Cut the model on the `meta` device and see whether it still works; gives the layers as they are then."""
+    model = build_meta_model(config, torch.float32, attention=PROBE_NAME)
+    fits = _count_that_fits(model, plan)
+    if not fits(num_ranks):
+        possible = [count for count in range(2, MAX_RANKS + 1) if fits(count)]
+        heads = plan.probed.layers[0].attentions[0]
+        raise _CannotShardError(
+            f"its {heads.query_heads} query heads, {heads.kv.heads} KV heads and other sizes don't divide by"
+            f" {num_ranks} ranks; "
+            + (f"what does is {_one_of(possible)}" if possible else "no number of ranks would do")
+        )
+    draft = _draft(model, plan, rank, num_ranks)
+    apply_shapes(model, draft.shards)
+    patch_head_counts(model, plan, num_ranks)
+    for norm in draft.norms:
+        hook_joint_norm(model.get_submodule(norm.module), norm, rank, num_ranks, gather=_gathered_shape)
+    with CONSTRUCTION:
+        probed = probe(model, plan.layers)
+    _check_heads(plan, probed.layers, num_ranks)
+    if probed.hidden != plan.probed.hidden or probed.carried != plan.probed.carried:
+        raise _CannotShardError("its layers hand on parts of heads, which each rank would have others of")
+    return draft, probed.layers
+
+
 def _draft(model: Any, plan: FamilyPlan, rank: int, num_ranks: int) -> _Draft:
     draft = _Draft(rank, num_ranks)
-    style_of = _styles(model)
+    style_of = _styles(model, model.get_submodule(plan.layers))
     for index, facts in enumerate(plan.probed.layers):
         prefix = f"{plan.layers}.{index}"
         layer = model.get_submodule(prefix)
@@ -216,14 +230,13 @@ def _draft(model: Any, plan: FamilyPlan, rank: int, num_ranks: int) -> _Draft:
     return draft
 
 
-def _styles(model: Any) -> Callable[[str], str]:
+def _styles(model: Any, stack: nn.Module) -> Callable[[str], str]:
     """How a module or parameter is cut, by its name; empty for whole. Raises `_CannotShardError` for unknown ways."""
     config = model.base_model.config
     family: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    experts = [pattern for pattern, style in family.items() if "moe" in style or style.startswith("packed")]
-    if experts:
+    if any(parameter.dim() > 2 for layer in stack.children() for parameter in layer.parameters()):
         raise _CannotShardError("it has mixtures of experts, which DeepSpeed's AutoTP does not cut")
-    unknown = sorted(set(family.values()) - _COLUMNS - _ROWS - _WHOLE)
+    unknown = sorted(set(family.values()) - _COLUMNS - _ROWS - _WHOLE - _EXPERTS)
     if unknown:
         raise _CannotShardError(f"its own plan cuts layers in a way that is not known here ({', '.join(unknown)})")
     patterns = [
@@ -235,7 +248,7 @@ def _styles(model: Any) -> Callable[[str], str]:
         if not patterns:
             return _COMMON_STYLES.get(path.rpartition(".")[2], "")
         style = next((style for pattern, style in patterns if pattern.search(path)), "")
-        return "" if style in _WHOLE else style
+        return style if style in _COLUMNS | _ROWS else ""
 
     return style_of
 
@@ -311,7 +324,7 @@ def _cut_norm(draft: _Draft, path: str, module: nn.Module, attention: AttentionF
 
 def _count_that_fits(model: Any, plan: FamilyPlan) -> Callable[[int], bool]:
     """Tells of a number of ranks whether heads and sizes divide by it."""
-    style_of = _styles(model)
+    style_of = _styles(model, model.get_submodule(plan.layers))
     even: set[int] = set()  # sizes that have to divide
     kv_heads: set[tuple[int, bool]] = set()  # and whether a norm spans them
     for index, facts in enumerate(plan.probed.layers):
@@ -334,7 +347,9 @@ def _count_that_fits(model: Any, plan: FamilyPlan) -> Callable[[int], bool]:
         return (
             count <= plan.vocabulary
             and all(size % count == 0 for size in even)
-            and all(heads % count == 0 or (count % heads == 0 and (heads == 1 or not spans)) for heads, spans in kv_heads)
+            and all(
+                heads % count == 0 or (count % heads == 0 and (heads == 1 or not spans)) for heads, spans in kv_heads
+            )
         )
 
     return fits
@@ -347,7 +362,7 @@ def _check_heads(plan: FamilyPlan, layers: Sequence[LayerFacts], num_ranks: int)
             is_share = b.query_heads * num_ranks == a.query_heads and b.kv.heads == max(1, a.kv.heads // num_ranks)
             if not is_share or (a.kv.key_dim, a.kv.value_dim) != (b.kv.key_dim, b.kv.value_dim):
                 raise _CannotShardError(
-                    f"layer {index} would attend with {b.query_heads} query heads and {b.kv.heads} KV heads on each rank"
+                    f"each rank would attend in layer {index} with {b.query_heads} query heads and {b.kv.heads} KV heads"
                 )
 
 

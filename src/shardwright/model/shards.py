@@ -34,12 +34,12 @@ class Shard:
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """The shard of a tensor in memory; memory of its own."""
         parts = [whole.narrow(self.dim, start, end - start) for start, end in self.ranges]
-        return torch.cat(parts, dim=self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+        return (
+            torch.cat(parts, dim=self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+        )
 
 
-def read_shard(
-    raw: RawTensors, name: str, shard: Shard, *, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def read_shard(raw: RawTensors, name: str, shard: Shard, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Read one rank's part of a stored tensor.
 
     Rows are ranges of bytes, and only they are read. Columns lie all over the tensor: it passes through 16 MiB of
@@ -77,7 +77,7 @@ def _check(spec: TensorSpec, shard: Shard) -> None:
         raise CheckpointError(
             f"tensor {spec.name!r}: {spec.num_bytes} bytes for shape {list(spec.shape)} in {spec.dtype}"
         )
-    assert shard.dim < len(spec.shape) and (shard.dim == 0 or len(spec.shape) == 2), spec.name
+    assert shard.dim == 0 or len(spec.shape) == 2, spec.name
     assert all(0 <= a < b <= spec.shape[shard.dim] for a, b in shard.ranges), spec.name
 
 
@@ -88,9 +88,7 @@ class _Part:
         whole = raw.specs[name]
         num_bytes = math.prod(shape) * TORCH_DTYPES[whole.dtype].itemsize
         self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(
-                name=name, dtype=whole.dtype, shape=shape, num_bytes=num_bytes, sha256=whole.sha256
-            )
+            name: TensorSpec(name=name, dtype=whole.dtype, shape=shape, num_bytes=num_bytes, sha256=whole.sha256)
         }
         self._raw = raw
         self._offset = offset
@@ -108,4 +106,3 @@ class _Part:
             self._raw.read_into(name, begin, view)
             return
         view[:] = read_checked(self._raw, name)[begin : begin + len(view)]
-

@@ -14,6 +14,7 @@ import io
 import os
 import platform
 import re
+import socket
 import sys
 import time
 import warnings
@@ -98,12 +99,11 @@ class RankGroup:
     def close(self) -> None:
         """Leave the group; all ranks do, or have ended."""
         torch.distributed.destroy_process_group()
-        importlib.import_module("deepspeed.comm.comm").cdb = None
+        comm: Any = importlib.import_module("deepspeed.comm.comm")
+        comm.cdb = None
 
 
-def join_group(
-    *, rank: int, num_ranks: int, device: torch.device, meeting: Path, kernels: Path | None
-) -> RankGroup:
+def join_group(*, rank: int, num_ranks: int, device: torch.device, meeting: Path, kernels: Path | None) -> RankGroup:
     """Meet the other ranks at `meeting`, a file in a folder that only they can write to. Blocks until all are there.
 
     `kernels` is where DeepSpeed's shared-memory all-reduce was compiled (`build_kernel`); None: the process group sums.
@@ -125,7 +125,7 @@ def join_group(
     _import_deepspeed(kernel=kernels is not None)
     with _quiet_deepspeed():
         comm: Any = importlib.import_module("deepspeed.comm")
-        store = torch.distributed.FileStore(str(meeting), num_ranks)
+        store = torch.distributed.FileStore(str(meeting), num_ranks)  # type: ignore[attr-defined]
         torch.distributed.init_process_group(
             backend, store=store, rank=rank, world_size=num_ranks, timeout=_COLLECTIVE_TIMEOUT
         )
@@ -174,8 +174,7 @@ def _kernel_lock(kernels: Path) -> Iterator[None]:
 
     torch has a lock file of its own, for which others wait for ever when a compiling process was killed.
     """
-    import fcntl
-
+    fcntl: Any = importlib.import_module("fcntl")  # Windows has none
     os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
     with (kernels / "one-at-a-time").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -194,8 +193,6 @@ def _processor() -> str:
 
 def _loopback() -> str:
     """The name of the interface that leads nowhere but to this machine."""
-    import socket
-
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
@@ -251,7 +248,7 @@ def cut_stage(model: nn.Module, plan: FamilyPlan, ranks: RankPlan, layers: Layer
             child = parent.get_submodule(name)
         except AttributeError:
             continue  # another stage's layer
-        setattr(parent, name, auto_tp._replace(child, path, False))  # noqa: SLF001  AutoTP's rule for one layer
+        setattr(parent, name, auto_tp._replace(child, path, False))
     for name, parameter in model.named_parameters():
         if name in parts and name in ranks.shards:
             wanted = ranks.shards[name].size
@@ -282,9 +279,7 @@ def _auto_tp(model: nn.Module, ranks: RankPlan, group: RankGroup) -> Any:
             state_dict=None,
             linear_layer_setting=None,
             orig_layer_impl=None,
-            partition_config=config.AutoTPConfig(
-                tp_size=ranks.num_ranks, layer_specs=specs, use_default_specs=False
-            ),
+            partition_config=config.AutoTPConfig(tp_size=ranks.num_ranks, layer_specs=specs, use_default_specs=False),
         )
     auto_tp.set_tensor_parallel_config(ranks.num_ranks, group.handle)
     auto_tp.tp_meta = shard.AutoTPMeta(num_kv_heads=ranks.num_ranks)
@@ -337,7 +332,7 @@ def join_ranks(model: nn.Module, ranks: RankPlan, group: RankGroup) -> None:
 
 def _has_weight(module: nn.Module) -> bool:
     """Whether this stage holds the module, in whatever form; a stand-in keeps plain meta tensors."""
-    return not (isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.is_meta)  # type: ignore[union-attr]
+    return not (isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.is_meta)
 
 
 def _hook_embedding(module: nn.Module, start: int, end: int, group: RankGroup) -> None:

@@ -53,7 +53,8 @@ def load_weights(
     """Fill the sliced meta `model` from `raw`; parameters go to `device` directly.
 
     `config` is the whole model's. `shards` are the parameters of which `model` holds a part, by name; of them only
-    that part is read, unless they have to be made of several tensors first. `finish(module_name)` is called as soon as a module has all parameters of its own;
+    that part is read, unless they have to be made of several tensors first.
+    `finish(module_name)` is called as soon as a module has all parameters of its own;
     it may replace the module. `progress(num_bytes)` tells how many bytes of `raw` have been used so far.
     Raises `CheckpointError` for what is missing or has the wrong shape.
     """
@@ -71,9 +72,7 @@ def load_weights(
         _check_shape(group, raw, outline)
         if isinstance(group, SafetensorsGroup) and group.converter is None and group.target in shards:
             (source,) = group.sources
-            part = read_shard(
-                raw, source, shards[group.target], dtype=outline.dtypes[group.target], device=device
-            )
+            part = read_shard(raw, source, shards[group.target], dtype=outline.dtypes[group.target], device=device)
             filler.put(group.target, part)
             num_bytes += raw.specs[source].num_bytes
             progress(num_bytes)

@@ -164,9 +164,10 @@ class Ranks:
 
     def _find_kernel(self, kernels: Path, all_reduce: str) -> Path | None:
         from shardwright.model.tensor_parallel import build_kernel
+        from shardwright.runtime.measure import usable_cores
 
-        if all_reduce == "gloo":
-            return None
+        if all_reduce == "gloo" or (all_reduce == "auto" and self.threads * self.num_ranks > usable_cores()):
+            return None  # the kernel waits actively: ranks that share a core would take it from each other
         if not kernels.exists():
             self._say("DeepSpeed's shared-memory all-reduce is compiled for the first time, which takes about a minute")
         try:
@@ -388,9 +389,7 @@ class Ranks:
 class RankedStage:
     """A stage that all ranks hold parts of; computes as `model.stage.Stage` does."""
 
-    def __init__(
-        self, stage: Stage, *, weight_bytes: int, kv_bytes: int, close_others: Callable[[], None]
-    ) -> None:
+    def __init__(self, stage: Stage, *, weight_bytes: int, kv_bytes: int, close_others: Callable[[], None]) -> None:
         """`weight_bytes` and `kv_bytes` are all ranks'."""
         self._stage = stage
         self.weight_bytes = weight_bytes

@@ -142,7 +142,8 @@ async def run_worker(
 ) -> None:
     """Serve as a worker over gRPC until cancelled.
 
-    `announce` gets host:port once it listens, and host:port for Prometheus (empty: none); `say` what a user should know.
+    `announce` gets host:port once it listens, and host:port for Prometheus (empty: none); `say` what a user should
+    know.
     """
     from shardwright.transport.grpc import GrpcTransport
 
