@@ -362,7 +362,7 @@ def _check_heads(plan: FamilyPlan, layers: Sequence[LayerFacts], num_ranks: int)
             is_share = b.query_heads * num_ranks == a.query_heads and b.kv.heads == max(1, a.kv.heads // num_ranks)
             if not is_share or (a.kv.key_dim, a.kv.value_dim) != (b.kv.key_dim, b.kv.value_dim):
                 raise _CannotShardError(
-                    f"each rank would attend in layer {index} with {b.query_heads} query heads and {b.kv.heads} KV heads"
+                    f"a rank would attend in layer {index} with {b.query_heads} query heads and {b.kv.heads} KV heads"
                 )
 
 

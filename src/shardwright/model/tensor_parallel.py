@@ -16,7 +16,6 @@ import platform
 import re
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -56,19 +55,12 @@ class RankGroup:
         self.num_ranks = num_ranks
         self.device = device
         self.all_reduce = all_reduce
-        self.all_reduce_s = 0.0  # spent in sums so far, while `timed`
-        self.timed = False
         self._comm: Any = importlib.import_module("deepspeed.comm")
         self.handle: Any = self._comm.get_world_group()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up the ranks' tensors, in place."""
-        if not self.timed:
-            self._comm.inference_all_reduce(tensor, group=self.handle)
-            return tensor
-        started_s = time.perf_counter()
         self._comm.inference_all_reduce(tensor, group=self.handle)
-        self.all_reduce_s += time.perf_counter() - started_s
         return tensor
 
     def join_last(self, tensor: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -40,6 +40,8 @@ SILENCE_S = 1.5
 
 _WATCH_INTERVAL_S = 0.1
 _END_TIMEOUT_S = 2.0
+_CAUSE_S = 0.5
+"""How long a sum that breaks waits for the news of the rank that broke it."""
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class Ranks:
         self._next_key = 1
         self._closing = False
         self._lost = threading.Lock()
+        self._over = threading.Event()
         self._processes = [self._start(rank) for rank in range(1, len(devices))]
         for process in self._processes:
             process.listener = threading.Thread(
@@ -255,6 +258,7 @@ class Ranks:
         """The worker is lost with a rank. The first loss is the cause; the others follow from it."""
         if self._closing or not self._lost.acquire(blocking=False):
             return
+        self._over.set()
         self._on_lost(f"{what}; without it this worker can't compute, and ends")
 
     # --- work --------------------------------------------------------------------------------------
@@ -382,7 +386,8 @@ class Ranks:
                 group.share(tensor.to(group.device))
             yield
         except Exception as exc:
-            self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
+            if not self._over.wait(_CAUSE_S):
+                self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
             raise
 
 

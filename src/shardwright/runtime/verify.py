@@ -259,6 +259,7 @@ async def process_session(
     from shardwright.transport.grpc import GrpcTransport
 
     options = ["--device", "cpu", "--cache-dir", str(config.cache_dir), "--tensor-parallel", str(num_ranks)]
+    options += ["--all-reduce", "gloo"]  # several workers share the cores, and nothing here has to be fast
     async with (
         LocalWorkers(num_stages, options=options) as workers,
         open_session(
