@@ -87,6 +87,7 @@ def steps(kind: str) -> Any:
                 start_position=start,
                 token_ids=(5,) * tokens,
                 block_table=tuple(range(index * blocks, (index + 1) * blocks)),
+                sampling=None,
             )
             for index in range(count)
         ),
