@@ -60,6 +60,7 @@ def test_every_setting_can_be_given_in_the_environment():
         "max_body_bytes": "4096",
         "otlp_endpoint": "http://[::1]:4317",
         "tool_style": "hermes",
+        "all_reduce": "gloo",
     }
     kinds = ((MasterConfig, "SHARDWRIGHT_"), (WorkerConfig, "SHARDWRIGHT_"), (ServeConfig, "SHARDWRIGHT_SERVE_"))
     for kind, prefix in kinds:
