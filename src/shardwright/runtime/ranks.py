@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
+
 from shardwright.errors import ClusterError, ConfigError, UnsupportedModelError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.types import RankLoad, StepInput
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
 
 JOIN_TIMEOUT_S = 180.0
 SILENCE_S = 1.5
-"""Without a beat for so long, a rank stands still. Beats come from a thread that does nothing else."""
+"""Without a beat for so long, a rank that is stopped is lost. Beats come from a thread that does nothing else."""
+
+HUNG_S = 10.0
+"""The same for one that is not stopped: on a machine with too much to do, its thread may have to wait for its turn."""
 
 _WATCH_INTERVAL_S = 0.1
 _END_TIMEOUT_S = 2.0
@@ -57,6 +62,15 @@ class _Process:
     beat_s: float | None = None  # when the last one came; None: it has not joined yet
     figures: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+    def stands_still(self) -> bool:
+        """Whether the system has stopped the process."""
+        try:
+            return bool(
+                psutil.Process(self.process.pid).status() in {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
+            )
+        except psutil.Error:
+            return False  # it has ended: its pipe tells
 
 
 class Ranks:
@@ -248,9 +262,10 @@ class Ranks:
                     continue
                 if was_away:
                     each.beat_s = now_s
-                elif now_s - each.beat_s > SILENCE_S:
+                elif (silence_s := now_s - each.beat_s) > SILENCE_S and (each.stands_still() or silence_s > HUNG_S):
+                    limit_s = HUNG_S if silence_s > HUNG_S else SILENCE_S
                     self._lose(
-                        f"rank {each.rank} (process {each.process.pid}, {each.device}) has not moved for {SILENCE_S} s"
+                        f"rank {each.rank} (process {each.process.pid}, {each.device}) has not moved for {limit_s} s"
                     )
                     return
 
