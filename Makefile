@@ -10,6 +10,7 @@ STAMP := $(VENV)/.made-from-pyproject
 PROMPT := Explain quantum computing in simple terms
 MODEL := smollm2-135m
 WORKERS := 2
+TENSOR_PARALLEL := 1
 PORT := 8000
 SEEDS := 1000
 REPORT := gpu-report.md
@@ -18,11 +19,12 @@ REPORT := gpu-report.md
 export DEMO_PROMPT := $(value PROMPT)
 export DEMO_MODEL := $(value MODEL)
 export DEMO_WORKERS := $(value WORKERS)
+export DEMO_TENSOR_PARALLEL := $(value TENSOR_PARALLEL)
 export SERVE_PORT := $(value PORT)
 export SIM_SEEDS := $(value SEEDS)
 export GPU_REPORT := $(value REPORT)
 export VENV_PYTHON := $(value PYTHON)
-unexport PROMPT MODEL WORKERS PORT SEEDS REPORT
+unexport PROMPT MODEL WORKERS TENSOR_PARALLEL PORT SEEDS REPORT
 
 .PHONY: help venv demo serve test test-slow gpu-check test-programs sim lint bench clean
 
@@ -46,12 +48,13 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install $$quiet --editable '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m cut over WORKERS=2 processes on this machine
+demo: $(STAMP)  ## answer PROMPT="..." with MODEL=smollm2-135m over WORKERS=2 processes of TENSOR_PARALLEL=1 ranks
 	@$(BIN)/python -m shardwright generate --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" \
-	  --summary -- "$$DEMO_PROMPT"
+	  --tensor-parallel "$$DEMO_TENSOR_PARALLEL" --summary -- "$$DEMO_PROMPT"
 
 serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at http://127.0.0.1:PORT=8000, until Ctrl-C
-	@exec $(BIN)/python -m shardwright serve --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" --port "$$SERVE_PORT"
+	@exec $(BIN)/python -m shardwright serve --model "$$DEMO_MODEL" --local-workers "$$DEMO_WORKERS" \
+	  --tensor-parallel "$$DEMO_TENSOR_PARALLEL" --port "$$SERVE_PORT"
 
 test: $(STAMP)  ## run the tests, but for the slow ones and those that need a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
@@ -82,6 +85,7 @@ bench: $(STAMP)  ## measure against transformers, as a server, predictions, the 
 	$(BIN)/python bench/serve_speed.py
 	$(BIN)/python bench/prediction.py
 	$(BIN)/python bench/observing.py
+	$(BIN)/python bench/tensor_parallel.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -61,6 +61,7 @@ def test_every_setting_can_be_given_in_the_environment():
         "otlp_endpoint": "http://[::1]:4317",
         "tool_style": "hermes",
         "offload": "nvme",
+        "all_reduce": "gloo",
     }
     kinds = ((MasterConfig, "SHARDWRIGHT_"), (WorkerConfig, "SHARDWRIGHT_"), (ServeConfig, "SHARDWRIGHT_SERVE_"))
     for kind, prefix in kinds:

@@ -142,10 +142,11 @@ def test_make_demo_asks_the_promised_question_by_default(prepared):
 def test_make_serve_hands_model_workers_and_port_over(prepared):
     done = run_make("-s", "serve", "MODEL=some dir/x.gguf", "WORKERS=3", "PORT=9000", cwd=prepared)
     assert [line[1:-1] for line in done.stdout.splitlines()] == [
-        "-m", "shardwright", "serve", "--model", "some dir/x.gguf", "--local-workers", "3", "--port", "9000"
+        "-m", "shardwright", "serve", "--model", "some dir/x.gguf", "--local-workers", "3", "--tensor-parallel", "1",
+        "--port", "9000",
     ]  # fmt: skip
     done = run_make("-s", "serve", cwd=prepared, PORT="a shell's own")
-    assert "[smollm2-135m]\n[--local-workers]\n[2]\n[--port]\n[8000]" in done.stdout
+    assert "[smollm2-135m]\n[--local-workers]\n[2]\n[--tensor-parallel]\n[1]\n[--port]\n[8000]" in done.stdout
 
 
 def test_make_venv_says_what_is_missing_where_python_is_too_old(tmp_path):

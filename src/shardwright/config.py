@@ -31,6 +31,9 @@ def default_cache_dir() -> Path:
     return Path("~/.cache/shardwright").expanduser()
 
 
+ALL_REDUCES = ("auto", "shm", "gloo")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """How one worker runs."""
@@ -39,6 +42,8 @@ class WorkerConfig:
     port: int = DEFAULT_PORT
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     threads: int = 0  # 0: every core that this process may use
+    tensor_parallel: int = 1  # devices that compute each layer together, from `device` on
+    all_reduce: str = "auto"  # how they add up on CPUs: shm (DeepSpeed's kernel), gloo, or auto (shm where it compiles)
     memory_bytes: int = 0  # most for weights and KV; 0: what the device has free
     offload: str = "none"  # where weights go that the memory can't hold: cpu (beside a GPU), nvme (in `cache_dir`)
     cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
@@ -54,6 +59,9 @@ class WorkerConfig:
             if self.metrics_port == self.port != 0:
                 raise ConfigError(f"metrics_port is {self.metrics_port}, and so is port; choose two different ones")
         _check_range("threads", self.threads, 0, 1024)
+        _check_range("tensor_parallel", self.tensor_parallel, 1, 64)
+        if self.all_reduce not in ALL_REDUCES:
+            raise ConfigError(f"all_reduce is {self.all_reduce!r}; choose one of {', '.join(ALL_REDUCES)}")
         _check_range("memory_bytes", self.memory_bytes, 0, None)
         if self.offload not in OFFLOAD_CHOICES:
             raise ConfigError(f"offload is {self.offload!r}; choose one of {', '.join(OFFLOAD_CHOICES)}")

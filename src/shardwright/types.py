@@ -6,6 +6,7 @@ seconds as floats, sizes are bytes, rates are bytes or operations per second.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -297,6 +298,13 @@ class ModelCosts:
     context_costs: tuple[tuple[int, float], ...] = ()
     """Pairs of (window, cost of one attended position for a token), one for each length of window in the model; the
     unit is the cost of a token without attention. Empty: attention costs nothing beside the rest."""
+    layer_kv_heads: tuple[int, ...] = ()  # the fewest of each layer's attentions; empty: not known
+
+    def for_ranks(self, num_ranks: int) -> ModelCosts:
+        """What workers of so many ranks need: where a layer has fewer KV heads than ranks, several hold the same."""
+        copies = (max(num_ranks // heads, 1) for heads in self.layer_kv_heads)
+        sizes = tuple(size * count for size, count in zip(self.layer_kv_bytes_per_token, copies, strict=True))
+        return dataclasses.replace(self, layer_kv_bytes_per_token=sizes)
 
     @property
     def num_layers(self) -> int:
@@ -410,6 +418,7 @@ class WorkerDescription:
     offload: str = ""  # where it was told to keep weights that its memory can't hold; empty: nowhere
     offload_bytes: int = 0  # room for them there now
     offload_bandwidth: float = 0.0  # bytes/s, measured
+    num_ranks: int = 1  # devices that compute each layer together; memory, speed and threads are theirs together
 
     def capacity(self, worker_id: WorkerId) -> WorkerCapacity:
         """What placement needs to know of it."""
@@ -495,6 +504,21 @@ WEIGHT_SOURCES = ("disk", "cache", "network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankLoad:
+    """How one further device of a worker does, and the process that computes on it."""
+
+    rank: int  # from 1 on: rank 0 is the worker's own process, and its load is the report's
+    device: str
+    device_name: str
+    process_memory_bytes: int
+    gpu_utilization: float | None = None  # percent; None without a GPU that can be asked
+    gpu_memory_used_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
+    gpu_temperature_c: float | None = None
+    gpu_power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReport:
     """A worker's state as of `timestamp` (seconds since 1970, the worker's clock)."""
 
@@ -529,6 +553,7 @@ class HeartbeatReport:
     offloaded_bytes: int = 0  # of weights that are not in memory but in the worker's offload tier
     offload_read_bytes: int = 0  # read back from there, since the process began
     offload_wait_s: float = 0.0  # that steps waited for it, since the process began
+    ranks: tuple[RankLoad, ...] = ()  # the worker's devices beside `device`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ def planned(monkeypatch):
     workers = [worker("big", 2**30), worker("small", 2**29), worker("tiny", 1000)]
 
     async def fake(config, *, local_workers, worker_options):
-        return MODEL, place(COSTS, workers, PlacementSettings(max_kv_tokens=config.kv_tokens))
+        return MODEL, {"small": 2}, place(COSTS, workers, PlacementSettings(max_kv_tokens=config.kv_tokens))
 
     monkeypatch.setattr(plan_module, "_plan", fake)
 
@@ -41,7 +41,7 @@ def test_a_plan_says_what_goes_where_and_why(run_cli, planned):
     outcome = run_cli("plan", "--model", "toy")
     assert outcome.code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if "│" in line]
-    assert [row[1] for row in rows] == ["big", "small"]
+    assert [row[1] for row in rows] == ["big", "small x 2"]
     assert rows[0][2].startswith("0-")
     assert rows[1][2].endswith("-5")
     assert "stage 0: " in outcome.out
@@ -54,6 +54,7 @@ def test_a_plan_as_json_covers_every_layer_once(run_cli, planned):
     stages = plan["stages"]
     assert [stages[0]["start"], stages[0]["end"], stages[-1]["end"]] == [0, stages[1]["start"], 6]
     assert plan["num_blocks"] == 100
+    assert [stage["ranks"] for stage in stages] == [1, 2]
     assert [each["worker"] for each in plan["left_out"]] == ["tiny"]
     assert sum(stage["weight_bytes"] for stage in stages) == 8 * 2**20
 

@@ -30,6 +30,7 @@ from shardwright.types import (
     LayerRange,
     LinkReport,
     PhaseTimes,
+    RankLoad,
     StageAssignment,
     StepPhase,
     WorkerSnapshot,
@@ -95,6 +96,15 @@ def example_worker(worker_id: str, index: int | None, **changes: Any) -> WorkerV
             gpu_memory_total_bytes=24_000 * MIB,
             gpu_temperature_c=61.0,
             gpu_power_w=70.5,
+            ranks=(
+                RankLoad(
+                    rank=1,
+                    device="cuda:1",
+                    device_name="NVIDIA L4",
+                    process_memory_bytes=1_400 * MIB,
+                    gpu_utilization=60.0,
+                ),
+            ),
             queue_depth=0,
             link=None,
             errors=(),

@@ -28,6 +28,7 @@ from shardwright.types import (
     MachineMeasures,
     PhaseTimes,
     PromptScores,
+    RankLoad,
     SamplingParams,
     SequenceSetup,
     SequenceSlice,
@@ -251,6 +252,7 @@ descriptions = st.builds(
     offload=st.sampled_from(["", "cpu", "nvme"]),
     offload_bytes=u64,
     offload_bandwidth=figure,
+    num_ranks=st.integers(1, 64),
 )
 
 
@@ -312,6 +314,21 @@ reports = st.builds(
         st.tuples(st.sampled_from(["LinkLostError", "Übel", "other"]), u64), max_size=3, unique_by=itemgetter(0)
     ),
     loaded_bytes=tuples_of(st.tuples(st.sampled_from(WEIGHT_SOURCES), u64), max_size=3, unique_by=itemgetter(0)),
+    ranks=tuples_of(
+        st.builds(
+            RankLoad,
+            rank=st.integers(1, 63),
+            device=short,
+            device_name=maybe_text,
+            process_memory_bytes=u64,
+            gpu_utilization=st.none() | figure,
+            gpu_memory_used_bytes=st.none() | u64,
+            gpu_memory_total_bytes=st.none() | u64,
+            gpu_temperature_c=st.none() | figure,
+            gpu_power_w=st.none() | figure,
+        ),
+        max_size=3,
+    ),
 )
 matrix_dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
 machines = st.builds(
@@ -786,6 +803,8 @@ def raw_machine(**fields):
         (raw_report(errors=[pb.NamedCount(name="a sentence")]), "'a sentence'; it must be the name of a class"),
         (raw_report(errors=[pb.NamedCount()]), "errors: name is empty"),
         (raw_report(loaded_bytes=[pb.NamedCount(name="tape")]), "'tape'; known: disk, cache, network"),
+        (raw_report(ranks=[pb.RankLoad(device="cpu")]), "RankLoad.rank is 0"),
+        (raw_report(ranks=[pb.RankLoad(rank=1, device="cpu")] * 64), "HeartbeatReport.ranks"),
     ],
 )
 def test_a_report_out_of_range_is_refused(message, complaint):

@@ -105,6 +105,7 @@ FAMILIES: Final = (
     Family("memory_used_bytes", "gauge", "RAM of the worker's machine, or of its container.", _WORKER),
     Family("memory_total_bytes", "gauge", "RAM of the worker's machine, or of its container.", _WORKER),
     Family("process_memory_bytes", "gauge", "RAM of the worker's own process.", _WORKER),
+    Family("rank_process_memory_bytes", "gauge", "RAM of a further rank's process.", ("worker", "rank", "device")),
 )
 """Every metric of the cluster, in the order in which they are told; docs/monitoring.md lists the same."""
 
@@ -235,6 +236,15 @@ class _Scrape:
         self._put("gpu_memory_total_bytes", report.gpu_memory_total_bytes, *gpu)
         self._put("gpu_temperature_celsius", report.gpu_temperature_c, *gpu)
         self._put("gpu_power_watts", report.gpu_power_w, *gpu)
+        for load in report.ranks:
+            self._put("rank_process_memory_bytes", load.process_memory_bytes, name, str(load.rank), load.device)
+            gpu = (name, load.device)
+            if load.gpu_utilization is not None:
+                self._put("gpu_utilization_ratio", load.gpu_utilization / 100, *gpu)
+            self._put("gpu_memory_used_bytes", load.gpu_memory_used_bytes, *gpu)
+            self._put("gpu_memory_total_bytes", load.gpu_memory_total_bytes, *gpu)
+            self._put("gpu_temperature_celsius", load.gpu_temperature_c, *gpu)
+            self._put("gpu_power_watts", load.gpu_power_w, *gpu)
 
     def _stage(self, worker: WorkerView, report: HeartbeatReport) -> None:
         name = worker.worker_id

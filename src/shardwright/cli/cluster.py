@@ -42,6 +42,15 @@ def worker(
     ] = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    tensor_parallel: options.TensorParallel = None,
+    all_reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--all-reduce",
+            metavar="HOW",
+            help="How CPU ranks add up: shm (DeepSpeed's kernel; needs g++ and ninja), gloo, auto (default: auto).",
+        ),
+    ] = None,
     memory_gib: options.MemoryGib = None,
     offload: options.Offload = None,
     cache_dir: options.CacheDir = None,
@@ -64,6 +73,8 @@ def worker(
 
     [cyan]shardwright worker --port 50052 --device cuda:1[/cyan]
 
+    [cyan]shardwright worker --tensor-parallel 2[/cyan]
+
     [cyan]shardwright worker --offload nvme[/cyan]   for a model larger than all memory: slow, bound by the disk
     """
     settings = options.worker_config(
@@ -72,6 +83,8 @@ def worker(
         port=port,
         device=device,
         threads=threads,
+        tensor_parallel=tensor_parallel,
+        all_reduce=all_reduce,
         memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
         offload=offload,
         cache_dir=cache_dir,
@@ -170,6 +183,7 @@ class Probe:
             "device_name": about and about.device_name,
             "memory_total_bytes": about and about.memory_total_bytes,
             "memory_available_bytes": about and about.memory_available_bytes,
+            "num_ranks": about and about.num_ranks,
             "read_bandwidth": about and about.read_bandwidth,
             "version": about and about.package_version,
             "epoch": report and report.epoch,
@@ -193,7 +207,7 @@ async def serve_worker(config: WorkerConfig, *, announce: Callable[[str, str], N
         os.environ.setdefault(name, value)
     from shardwright.runtime.worker_process import run_worker
 
-    await run_worker(config, announce=announce)
+    await run_worker(config, announce=announce, say=say)
 
 
 async def probe_all(entries: tuple[WorkerEntry, ...], transport: Transport) -> list[Probe]:
@@ -230,7 +244,7 @@ def _table(probes: list[Probe]) -> Table:
             probe.entry.username,
             probe.entry.address,
             "[green]idle[/green]" if report.epoch == 0 else f"[yellow]in use, {report.queue_depth} waiting[/yellow]",
-            f"{about.device} ({about.device_name})",
+            f"{about.device}{f' x {about.num_ranks}' if about.num_ranks > 1 else ''} ({about.device_name})",
             f"{about.memory_available_bytes / GIB:.1f} of {about.memory_total_bytes / GIB:.1f} GiB",
             use,
             f"{(probe.round_trip_s or 0.0) * 1000:.1f} ms",

@@ -88,6 +88,16 @@ Offload = Annotated[
         "file in --cache-dir, read anew for each step), cpu (a GPU's, in the host's memory) or none (default: none).",
     ),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Devices (GPUs, or processes on CPU cores) over which DeepSpeed cuts each layer of a worker (default: 1).",
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(
@@ -159,6 +169,7 @@ class ModelFlags:
     threads: Threads = None
     memory_gib: MemoryGib = None
     offload: Offload = None
+    tensor_parallel: TensorParallel = None
     kv_tokens: KvTokens = None
     block_size: BlockSize = None
     cache_dir: CacheDir = None
@@ -177,6 +188,7 @@ class ModelFlags:
         own = (
             ("--device", self.device),
             ("--threads", self.threads),
+            ("--tensor-parallel", self.tensor_parallel),
             ("--memory-gib", self.memory_gib),
             ("--offload", self.offload),
         )

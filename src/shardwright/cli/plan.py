@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardwright.core.placement import Placement
     from shardwright.runtime.session import OpenModel
     from shardwright.runtime.verify import Verdict
+    from shardwright.types import WorkerId
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -44,16 +45,18 @@ def plan(*, flags: options.ModelFlags, as_json: options.AsJson = False, debug: o
     [cyan]shardwright plan --model smollm2-135m --local-workers 3[/cyan]
     """
     settings, worker_options = flags.master_config(), flags.worker_options()
-    opened, placement = aio.run(_plan(settings, local_workers=flags.local_workers, worker_options=worker_options))
+    opened, ranks, placement = aio.run(
+        _plan(settings, local_workers=flags.local_workers, worker_options=worker_options)
+    )
     if as_json:
-        print(json.dumps(plan_as_json(opened, placement), indent=2))
+        print(json.dumps(plan_as_json(opened, ranks, placement), indent=2))
         return
-    _print_plan(opened, placement)
+    _print_plan(opened, ranks, placement)
 
 
 async def _plan(
     config: MasterConfig, *, local_workers: int, worker_options: Sequence[str]
-) -> tuple[OpenModel, Placement]:
+) -> tuple[OpenModel, dict[WorkerId, int], Placement]:
     async with contextlib.AsyncExitStack() as stack:
         progress = stack.enter_context(StartProgress(stderr_console()))
         model, entries = await model_and_workers(
@@ -61,7 +64,7 @@ async def _plan(
         )
         progress.doing("asking the workers what they measured")
         from shardwright.core.placement import place
-        from shardwright.runtime.session import check_versions, meet_workers, placement_settings
+        from shardwright.runtime.session import check_versions, fit_ranks, meet_workers, placement_settings
 
         known, silent = await meet_workers(grpc_transport(config), entries, timeout_s=config.connect_timeout_s)
         for worker in known:
@@ -71,12 +74,14 @@ async def _plan(
         for entry, error in silent:
             warn(f"planned without {entry.username}: {one_sentence(error)}")
         check_versions(known)
+        model = fit_ranks(model, known)
         capacities = tuple(worker.capacity for worker in known)
-        return model, place(model.costs, capacities, placement_settings(config, model.costs))
+        ranks = {worker.worker_id: worker.description.num_ranks for worker in known}
+        return model, ranks, place(model.costs, capacities, placement_settings(config, model.costs))
 
 
-def plan_as_json(model: OpenModel, placement: Placement) -> dict[str, object]:
-    """For `plan --json`: bytes and seconds; `end` is exclusive."""
+def plan_as_json(model: OpenModel, ranks: Mapping[WorkerId, int], placement: Placement) -> dict[str, object]:
+    """For `plan --json`: bytes and seconds; `end` is exclusive. `ranks` are the devices of each worker."""
     return {
         "model": model.costs.name,
         "dtype": model.dtype,
@@ -84,6 +89,7 @@ def plan_as_json(model: OpenModel, placement: Placement) -> dict[str, object]:
         "stages": [
             {
                 "worker": stage.worker_id,
+                "ranks": ranks.get(stage.worker_id, 1),
                 "start": stage.layers.start,
                 "end": stage.layers.end,
                 "weight_bytes": stage.weight_bytes,
@@ -101,7 +107,7 @@ def plan_as_json(model: OpenModel, placement: Placement) -> dict[str, object]:
     }
 
 
-def _print_plan(model: OpenModel, placement: Placement) -> None:
+def _print_plan(model: OpenModel, ranks: Mapping[WorkerId, int], placement: Placement) -> None:
     console = stdout_console()
     console.print(
         f"{model.costs.name}, {model.dtype}, {model.costs.num_layers} layers, {placement.num_blocks} KV blocks",
@@ -116,7 +122,7 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
     for index, stage in enumerate(placement.stages):
         table.add_row(
             str(index),
-            stage.worker_id,
+            with_ranks(stage.worker_id, ranks.get(stage.worker_id, 1)),
             str(stage.layers),
             f"{stage.weight_bytes / MIB:.1f}",
             *([f"{stage.offloaded_bytes / MIB:.1f}"] if offloads else []),
@@ -135,6 +141,11 @@ def _print_plan(model: OpenModel, placement: Placement) -> None:
     )
 
 
+def with_ranks(name: str, num_ranks: int) -> str:
+    """A worker or device as a table shows it: how many devices compute together, where it is more than one."""
+    return name if num_ranks == 1 else f"{name} x {num_ranks}"
+
+
 def verify(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to compare on. Default: a few built in.")
@@ -142,6 +153,7 @@ def verify(
     model: options.Model = None,
     stages: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Cut the model into N stages.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to compare for each prompt.")] = 32,
+    tensor_parallel: options.TensorParallel = None,
     dtype: options.Dtype = None,
     token_budget: options.TokenBudget = None,
     block_size: options.BlockSize = None,
@@ -155,29 +167,38 @@ def verify(
     other than a rounding; a difference there is told, but counts as passed. Exit code 5 for any other.
 
     [cyan]shardwright verify --model smollm2-135m --stages 4 --dtype float32[/cyan]
+
+    [cyan]shardwright verify --model gemma3-270m --stages 2 --tensor-parallel 2 --dtype float32[/cyan]
     """
     settings = options.master_config(
         config, model=model, dtype=dtype, cache_dir=cache_dir, token_budget=token_budget, block_size=block_size
     )
     opened, verdicts = aio.run(
-        _verify(settings, num_stages=stages, max_new_tokens=max_new_tokens, prompts=prompts or ())
+        _verify(
+            settings,
+            num_stages=stages,
+            num_ranks=tensor_parallel or 1,
+            max_new_tokens=max_new_tokens,
+            prompts=prompts or (),
+        )
     )
-    num_stages = min(stages, opened.costs.num_layers)
+    cut = f"{min(stages, opened.costs.num_layers)} stages"
+    if tensor_parallel is not None and tensor_parallel > 1:
+        cut += f" of {tensor_parallel} ranks"
     for number, verdict in enumerate(verdicts, start=1):
         print(f"prompt {number}: {describe(verdict)}")
     failed = [str(number) for number, verdict in enumerate(verdicts, start=1) if not verdict.passed]
     if failed:
         raise MismatchError(
-            f"{opened.costs.name} in {num_stages} stages, {opened.dtype}: "
-            f"differs from the whole model on prompt {', '.join(failed)}"
+            f"{opened.costs.name} in {cut}, {opened.dtype}: differs from the whole model on prompt {', '.join(failed)}"
         )
     exact = all(verdict.difference is None for verdict in verdicts)
     word = "identical to" if exact else "the same within rounding as"
-    print(f"{opened.costs.name} in {num_stages} stages, {opened.dtype}: {word} the whole model")
+    print(f"{opened.costs.name} in {cut}, {opened.dtype}: {word} the whole model")
 
 
 async def _verify(
-    config: MasterConfig, *, num_stages: int, max_new_tokens: int, prompts: Sequence[str]
+    config: MasterConfig, *, num_stages: int, num_ranks: int, max_new_tokens: int, prompts: Sequence[str]
 ) -> tuple[OpenModel, list[Verdict]]:
     # The whole model's loader draws bars of its own over ours; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -186,7 +207,12 @@ async def _verify(
     with StartProgress(stderr_console()) as progress:
         progress.doing(f"comparing {config.model} in {num_stages} stages with the whole model")
         return await compare(
-            config, num_stages=num_stages, max_new_tokens=max_new_tokens, listener=progress, prompts=prompts
+            config,
+            num_stages=num_stages,
+            num_ranks=num_ranks,
+            max_new_tokens=max_new_tokens,
+            listener=progress,
+            prompts=prompts,
         )
 
 

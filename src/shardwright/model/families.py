@@ -132,6 +132,7 @@ def model_costs(config_json: str, *, name: str, dtype: str, plan: FamilyPlan | N
         max_context=max_context,
         element_bytes=DTYPES[dtype].itemsize,
         context_costs=_context_costs(config, stack, plan, max_context),
+        layer_kv_heads=tuple(min(each.kv.heads for each in layer.attentions) for layer in plan.probed.layers),
     )
 
 

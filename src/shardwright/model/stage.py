@@ -6,10 +6,12 @@ the stage's KV blocks (`attention.py`). It has no thread and no lock: whoever ca
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,10 +26,12 @@ from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
 from shardwright.model.probe import KeyPath
+from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampler_state import SamplerStates, SequenceState
 from shardwright.model.sampling import sample, score, select_rows
 from shardwright.model.skeleton import StageEnd
+from shardwright.model.tensor_parallel import RankGroup, cut_stage, join_ranks, plain_linear
 from shardwright.model.vocabulary import decode_vocabulary
 from shardwright.model.weights import load_weights
 from shardwright.types import (
@@ -43,6 +47,9 @@ from shardwright.types import (
 )
 
 HIDDEN = "hidden"
+
+Lead: TypeAlias = Callable[[StepInput, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
+"""Lets the other ranks compute a step that is in order, for as long as rank 0 does; it gets the step and its input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +76,12 @@ def build_stage(
     vocabulary: bytes | None = None,
     offload: OffloadPlan | None = None,
     kernel_dir: Path | None = None,
+    group: RankGroup | None = None,
+    lead: Lead | None = None,
 ) -> Stage:
     """Build the model's slice, fill it from `raw` one tensor at a time and reserve its KV blocks.
+
+    With a `group` this is one rank's part of it; rank 0 has to `lead` the others through each step.
 
     `progress` gets the bytes of `raw` used so far. `vocabulary` is the blob of the model's tokens (`vocabulary.py`),
     without which the last stage follows no grammars. `offload` names layers whose weights are not kept in the device's
@@ -84,12 +95,17 @@ def build_stage(
     tokens = None if vocabulary is None else decode_vocabulary(vocabulary)
     config = read_config(config_json)
     plan = plan_family(config)
+    ranks = None if group is None else plan_ranks(config, plan, rank=group.rank, num_ranks=group.num_ranks)
     model = slice_model(config, layers, is_first=is_first, is_last=is_last, dtype=torch_dtype, plan=plan)
+    if group is not None and ranks is not None:
+        cut_stage(model, plan, ranks, layers, group)
 
     offloading = None if offload is None else _Offloading(model, plan, offload, torch_device)
     linears = choose_linears(torch_dtype, torch_device, kernel_dir)
 
     def finish(name: str) -> None:
+        if group is not None and ranks is not None and (linears.packs or linears.product is not None):
+            name = plain_linear(model, name, ranks, group)
         if offloading is None or not offloading.holds(name):
             pack_linear(model, name, linears)
             return
@@ -97,7 +113,18 @@ def build_stage(
         offloading.take_if_complete(name)
 
     try:
-        load_weights(model, config, raw, dtype=torch_dtype, device=torch_device, finish=finish, progress=progress)
+        load_weights(
+            model,
+            config,
+            raw,
+            dtype=torch_dtype,
+            device=torch_device,
+            finish=finish,
+            progress=progress,
+            shards=None if ranks is None else ranks.shards,
+        )
+        if group is not None and ranks is not None:
+            join_ranks(model, ranks, group)
         return Stage(
             model=model,
             plan=plan,
@@ -110,6 +137,8 @@ def build_stage(
             block_size=block_size,
             compiler=None if tokens is None else GrammarCompiler(tokens.first(plan.vocabulary)),
             offloaded=None if offloading is None else offloading.start(),
+            ranks=ranks,
+            lead=lead,
         )
     except BaseException:
         if offloading is not None:
@@ -186,6 +215,8 @@ class Stage:
         block_size: int,
         compiler: GrammarCompiler | None = None,
         offloaded: OffloadedLayers | None = None,
+        ranks: RankPlan | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.layers = layers
         self.is_first = is_first
@@ -199,6 +230,8 @@ class Stage:
         self._block_size = block_size
         self._vocabulary = plan.vocabulary
         self._states = SamplerStates(plan.vocabulary, compiler)
+        self._samples = ranks is None or ranks.rank == 0
+        self._lead: Lead = lead or (lambda _step, _tensors: contextlib.nullcontext())
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
@@ -208,7 +241,7 @@ class Stage:
         self._arriving = [] if is_first else plan.probed.crossing(layers.start)
         self._leaving = [] if is_last else plan.probed.crossing(layers.end)
         for index in range(layers.start, layers.end):
-            facts = plan.probed.layers[index]
+            facts = plan.probed.layers[index] if ranks is None else ranks.layers[index]
             layer = model.get_submodule(f"{plan.layers}.{index}")
             for attention in facts.attentions:
                 cache = make_layer_cache(
@@ -274,9 +307,11 @@ class Stage:
         )
         self._logit_rows = batch.logit_rows
         try:
-            output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        except StageEnd as end:
-            return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
+            with self._lead(step, tensors):
+                try:
+                    output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+                except StageEnd as end:
+                    return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
         finally:
             self._cell.batch = None
             self._inbox, self._captured = {}, {}
@@ -318,7 +353,8 @@ class Stage:
             if part.sampling is not None:
                 if scored < part.num_tokens:
                     wanted.rows.append(last)
-                wanted.sampled.append(_Sampled(part, part.sampling, len(wanted.rows) - 1, self._states.find(part)))
+                if self._samples:
+                    wanted.sampled.append(_Sampled(part, part.sampling, len(wanted.rows) - 1, self._states.find(part)))
             elif part.setup is not None:
                 raise FrameError(f"sequence {part.seq_id} came with what its next token depends on, but needs none yet")
             row = last + 1

@@ -18,6 +18,7 @@ from shardwright.model.gguf_map import GgufGroup, GgufMap
 from shardwright.model.outline import Outline, draw_outline
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.safetensors_map import SafetensorsGroup, assemble_safetensors, map_safetensors
+from shardwright.model.shards import Shard, read_shard
 
 Group: TypeAlias = SafetensorsGroup | GgufGroup
 
@@ -47,10 +48,13 @@ def load_weights(
     device: torch.device,
     finish: Callable[[str], None],
     progress: Callable[[int], None],
+    shards: Mapping[str, Shard] | None = None,
 ) -> None:
     """Fill the sliced meta `model` from `raw`; parameters go to `device` directly.
 
-    `config` is the whole model's. `finish(module_name)` is called as soon as a module has all parameters of its own;
+    `config` is the whole model's. `shards` are the parameters of which `model` holds a part, by name; of them only
+    that part is read, unless they have to be made of several tensors first.
+    `finish(module_name)` is called as soon as a module has all parameters of its own;
     it may replace the module. `progress(num_bytes)` tells how many bytes of `raw` have been used so far.
     Raises `CheckpointError` for what is missing or has the wrong shape.
     """
@@ -63,8 +67,16 @@ def load_weights(
     fill_computed_tensors(model, outline, device, plan.computed)
     filler = _Filler(model, plan, finish)
     num_bytes = 0
+    shards = shards or {}
     for group in plan.groups:
         _check_shape(group, raw, outline)
+        if isinstance(group, SafetensorsGroup) and group.converter is None and group.target in shards:
+            (source,) = group.sources
+            part = read_shard(raw, source, shards[group.target], dtype=outline.dtypes[group.target], device=device)
+            filler.put(group.target, part)
+            num_bytes += raw.specs[source].num_bytes
+            progress(num_bytes)
+            continue
         if isinstance(group, GgufGroup):
             assert gguf_map is not None
             made = gguf_map.assemble(group, raw, dtype, device)
@@ -73,7 +85,8 @@ def load_weights(
         while made:  # dropping each, so that the next group finds the memory free
             name = next(iter(made))
             _check_made(name, made[name], group, outline)
-            filler.put(name, made.pop(name))
+            whole = made.pop(name)
+            filler.put(name, shards[name].cut(whole) if name in shards else whole)
         num_bytes += sum(raw.specs[name].num_bytes for name in group.sources)
         progress(num_bytes)
     filler.check_complete()

@@ -22,6 +22,8 @@ from shardwright.runtime.registry import WorkerEntry
 from shardwright.runtime.threads import worker_environment
 
 START_TIMEOUT_S = 120.0
+RANKS_START_TIMEOUT_S = 600.0
+"""With several ranks, whose kernel may have to be compiled first, on a machine that has other things to do."""
 STOP_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"
 
@@ -82,11 +84,12 @@ class LocalWorkers:
 
         Raises `ClusterError` with a worker's last words if one dies before that.
         """
+        timeout_s = RANKS_START_TIMEOUT_S if "--tensor-parallel" in self._options else START_TIMEOUT_S
         try:
-            async with asyncio.timeout(START_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 ports = await asyncio.gather(*(self._port(i) for i in range(self._count)))
         except TimeoutError:
-            raise ClusterError(f"a local worker did not listen within {START_TIMEOUT_S:.0f} s") from None
+            raise ClusterError(f"a local worker did not listen within {timeout_s:.0f} s") from None
         self.entries = [WorkerEntry(username=f"local-{i}", ip=LOOPBACK, port=port) for i, port in enumerate(ports)]
         if self._keep and not self._keepers:
             self._keepers = [

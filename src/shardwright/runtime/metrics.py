@@ -91,6 +91,8 @@ WORKER_FIELDS: Final[Mapping[str, str]] = {
     "round_trip_seconds": "from the master to the worker and back, the fastest of the last heartbeats",
     "wire_seconds": "mean time of the last steps on the link to the worker; null before the first",
     "link_bytes_per_second": "of tensors to the next stage, over the last seconds; null on the last stage",
+    "ranks": "the devices beside its first that compute with it, as objects: rank, device, device_name, "
+    "process_memory_bytes and the GPU's figures",
 }
 
 ROW_FIELDS: Final[Mapping[str, str]] = {
@@ -252,6 +254,20 @@ def _figures(report: HeartbeatReport) -> dict[str, object]:
         "step_seconds": round(sum(t.mean_s * t.count for t in report.timings) / steps, 6) if steps > 0 else None,
         "gpu_temperature_celsius": report.gpu_temperature_c,
         "gpu_power_watts": report.gpu_power_w,
+        "ranks": [
+            {
+                "rank": load.rank,
+                "device": load.device,
+                "device_name": load.device_name,
+                "process_memory_bytes": load.process_memory_bytes,
+                "gpu_utilization": load.gpu_utilization,
+                "gpu_memory_used_bytes": load.gpu_memory_used_bytes,
+                "gpu_memory_total_bytes": load.gpu_memory_total_bytes,
+                "gpu_temperature_celsius": load.gpu_temperature_c,
+                "gpu_power_watts": load.gpu_power_w,
+            }
+            for load in report.ranks
+        ],
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shardwright import __version__
 from shardwright.runtime.measure import (
+    Memory,
     Speed,
     device_memory,
     device_name,
@@ -27,6 +28,8 @@ from shardwright.types import PROTOCOL_VERSION, Epoch, HeartbeatReport, StepTimi
 if TYPE_CHECKING:
     import torch
 
+    from shardwright.runtime.ranks import Ranks
+
 
 class Machine:
     """The machine under one worker; implements `runtime.worker.MachineProbe`.
@@ -43,24 +46,25 @@ class Machine:
         cache_dir: Path | None = None,
         offload: str = "none",
         kernel_dir: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take the worker's settings: `threads` 0 means every core, `memory_bytes` 0 what the device has free.
 
         The disk that holds `cache_dir` is measured when that is asked for; None: no disk is. With `offload` what it
-        names is measured at once. `kernel_dir` keeps the compiled kernel that stages use. Raises `ConfigError` where
-        that can't be used.
+        names is measured at once. `kernel_dir` keeps the compiled kernel that stages use. With `ranks`, which have
+        met, `threads` are each one's, and what is measured is what all can do together. Raises `ConfigError` where
+        offloading can't be used.
         """
         from shardwright.model.devices import half_dtype
 
         self.device = resolve_device(device)
         self.num_threads = threads or usable_cores()
+        self._ranks = ranks
         self._memory_bytes = memory_bytes
         self._cache_dir = cache_dir
         self._kernel_dir = kernel_dir
         self._device_name = device_name(self.device)
-        self._speed = measure_speed(
-            self.device, num_threads=self.num_threads, dtype=half_dtype(self.device), kernel_dir=kernel_dir
-        )
+        self._speed = self.measure_speed(half_dtype(self.device))
         self.offload = None if offload == "none" else find_tier(offload, self.device, cache_dir)
         self._monitor = MachineMonitor(
             device=str(self.device),
@@ -75,7 +79,8 @@ class Machine:
         """
         import torch
 
-        memory = device_memory(self.device)
+        num_ranks = self._ranks.num_ranks if self._ranks is not None else 1
+        memory = self._memory()
         memory = replace(memory, available=min(memory.available + stage_bytes, memory.total))
         return WorkerDescription(
             protocol_version=PROTOCOL_VERSION,
@@ -90,11 +95,24 @@ class Machine:
             memory_available_bytes=offered_bytes(memory, limit_bytes=self._memory_bytes),
             read_bandwidth=self._speed.read_bandwidth,
             matrix_rate=self._speed.matrix_rate,
-            num_threads=self.num_threads,
+            num_threads=self.num_threads * num_ranks,
             shared_memory_bytes=offered_bytes(memory, limit_bytes=0),
             offload=self.offload.name if self.offload is not None else "",
             offload_bytes=self.offload.room_bytes() if self.offload is not None else 0,
             offload_bandwidth=self.offload.bandwidth if self.offload is not None else 0.0,
+            num_ranks=num_ranks,
+        )
+
+    def _memory(self) -> Memory:
+        """Of all devices together: each holds an equal part of a stage, so the least one counts for every one."""
+        memory = device_memory(self.device)
+        if self._ranks is None or self.device.type == "cpu":
+            return memory
+        count = self._ranks.num_ranks
+        return replace(
+            memory,
+            total=count * min(memory.total, self._ranks.memory_total() or memory.total),
+            available=count * min(memory.available, self._ranks.memory_available() or memory.available),
         )
 
     def report(
@@ -108,7 +126,7 @@ class Machine:
         timings: tuple[StepTiming, ...],
     ) -> HeartbeatReport:
         """The machine's state now, with the stage's counters filled in."""
-        return self._monitor.report(
+        report = self._monitor.report(
             epoch=epoch,
             queue_depth=queue_depth,
             steps_done=steps_done,
@@ -116,10 +134,15 @@ class Machine:
             uptime_s=uptime_s,
             timings=timings,
         )
+        return report if self._ranks is None else replace(report, ranks=self._ranks.loads())
 
     def measure_speed(self, dtype: str) -> Speed:
         """Read bandwidth, and matrix rate at the dtype, now. Blocks for a second; call it where stages compute."""
-        return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype, kernel_dir=self._kernel_dir)
+
+        def measure() -> Speed:
+            return measure_speed(self.device, num_threads=self.num_threads, dtype=dtype, kernel_dir=self._kernel_dir)
+
+        return measure() if self._ranks is None else self._ranks.measure(dtype, measure)
 
     def measure_disk(self) -> float | None:
         """Bytes/s that weights in the tensor cache can be read with; None where that can't be measured. Blocks."""

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -212,6 +212,22 @@ def check_version(worker_id: WorkerId, address: str, description: WorkerDescript
             f"(shardwright {description.package_version}), this master speaks {PROTOCOL_VERSION}: "
             "install the same version of shardwright on both"
         )
+
+
+def fit_ranks(model: OpenModel, workers: Sequence[KnownWorker]) -> OpenModel:
+    """The model as workers with several ranks hold it; how many the most have counts for all.
+
+    Raises `UnsupportedModelError` for a model that can't be cut over the ranks of a worker. Blocks for a moment.
+    """
+    counts = {worker.description.num_ranks for worker in workers if worker.description.num_ranks > 1}
+    if not counts:
+        return model
+    from shardwright.model.families import read_config
+    from shardwright.model.rank_plan import plan_ranks
+
+    for count in sorted(counts):
+        plan_ranks(read_config(model.config_json), model.plan, rank=0, num_ranks=count)
+    return replace(model, costs=model.costs.for_ranks(max(counts)))
 
 
 def check_free(workers: Sequence[KnownWorker]) -> None:
@@ -417,6 +433,7 @@ async def open_session(
         for entry, error in silent:
             log.warning("going on without worker %s: %s", entry.username, error)
         check_versions(known)
+        model = await asyncio.to_thread(fit_ranks, model, known)
         capacities = tuple(worker.capacity for worker in known)
         place(model.costs, capacities, placement_settings(config, model.costs))  # raises before anything starts
         check_free(known)

@@ -87,14 +87,23 @@ async def verify(
     max_new_tokens: int,
     listener: SessionListener,
     prompts: Sequence[str] = (),
+    num_ranks: int = 1,
 ) -> tuple[OpenModel, list[Verdict]]:
     """Compare the split with the whole model on a few prompts.
 
-    Needs memory for the model twice. Raises what `open_session` raises; a difference is in the verdicts.
+    Needs memory for the model twice. With `num_ranks` over 1 the stages are workers' processes on this machine, each
+    of so many ranks: a process has a place among the ranks of one worker only.
+
+    Raises what `open_session` raises; a difference is in the verdicts.
     """
     model = await open_model(config, listener)
     num_stages = min(num_stages, model.costs.num_layers)
-    async with local_session(config, num_stages=num_stages, listener=listener, model=model) as session:
+    opening = (
+        local_session(config, num_stages=num_stages, listener=listener, model=model)
+        if num_ranks == 1
+        else process_session(config, num_stages=num_stages, num_ranks=num_ranks, listener=listener, model=model)
+    )
+    async with opening as session:
         ids = [session.encode(text, chat=None) for text in prompts or PROMPTS] if session.tokenizer else []
         if not ids:
             import torch
@@ -238,4 +247,28 @@ async def local_session(
         session = await stack.enter_async_context(
             open_session(config, entries, listener=listener, transport=transport, model=model, write_metrics=False)
         )
+        yield session
+
+
+@contextlib.asynccontextmanager
+async def process_session(
+    config: MasterConfig, *, num_stages: int, num_ranks: int, listener: SessionListener, model: OpenModel
+) -> AsyncIterator[Session]:
+    """A session whose workers are processes of this machine with several ranks each."""
+    from shardwright.runtime.launcher import LocalWorkers
+    from shardwright.transport.grpc import GrpcTransport
+
+    options = ["--device", "cpu", "--cache-dir", str(config.cache_dir), "--tensor-parallel", str(num_ranks)]
+    options += ["--all-reduce", "gloo"]  # several workers share the cores, and nothing here has to be fast
+    async with (
+        LocalWorkers(num_stages, options=options) as workers,
+        open_session(
+            config,
+            workers.entries,
+            listener=listener,
+            transport=GrpcTransport(max_frame_bytes=config.max_frame_bytes),
+            model=model,
+            write_metrics=False,
+        ) as session,
+    ):
         yield session

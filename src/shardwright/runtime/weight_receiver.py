@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -20,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shardwright.errors import CheckpointError, LinkLostError, ModelError, ProtocolError
 from shardwright.runtime.tensor_cache import (
@@ -87,6 +88,32 @@ class ReceivedTensors:
         return ReceivedTensors(
             specs={other: spec for other, spec in self._specs.items() if other != name}, ranges=self._ranges
         )
+
+    def as_fields(self) -> dict[str, Any]:
+        """Where the tensors lie, as JSON can hold it; for other processes of this machine."""
+        ranges = {
+            sha256: {
+                "path": str(place.path),
+                "offset": place.offset,
+                "identity": None if place.identity is None else dataclasses.asdict(place.identity),
+            }
+            for sha256, place in self._ranges.items()
+        }
+        return {"specs": [dataclasses.asdict(spec) for spec in self._specs.values()], "ranges": ranges}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ReceivedTensors:
+        """What `as_fields` gave, in another process."""
+        specs = [TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in fields["specs"]]
+        ranges = {
+            sha256: _Range(
+                path=Path(place["path"]),
+                offset=place["offset"],
+                identity=None if place["identity"] is None else FileIdentity(**place["identity"]),
+            )
+            for sha256, place in fields["ranges"].items()
+        }
+        return cls(specs={spec.name: spec for spec in specs}, ranges=ranges)
 
     def read(self, name: str) -> memoryview:
         """A tensor's raw bytes in memory of their own, writable. Blocks on the disk; any thread may call it.

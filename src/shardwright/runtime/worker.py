@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from shardwright.model.stage import Stage
     from shardwright.runtime.measure import Speed
     from shardwright.runtime.offload_tier import OffloadTier
+    from shardwright.runtime.ranks import RankedStage, Ranks
     from shardwright.runtime.weight_receiver import ReceivedTensors
     from shardwright.transport.base import Transport, WorkerClient
 
@@ -187,7 +188,7 @@ class _HeldStage:
 
     load: StageLoad
     done: LoadDone  # what its master was told
-    stage: Stage
+    stage: Stage | RankedStage
     clock: StepClock
     loaded_at: float
     trace_parent: str = ""  # of the trace of the pipeline; empty without one
@@ -298,9 +299,12 @@ class WorkerShell:
         offload: OffloadTier | None = None,
         kernel_dir: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks | None = None,
     ) -> None:
+        """With `ranks`, all of them compute each stage; `device` and `num_threads` are rank 0's."""
         self._device = device
         self._kernel_dir = kernel_dir
+        self._ranks = ranks
         self._num_threads = num_threads
         self._threads_set = 0
         self._probe = probe
@@ -422,7 +426,7 @@ class WorkerShell:
             disk_bandwidth = await asyncio.to_thread(self._probe.measure_disk)
         return MachineMeasures(
             dtype=dtype,
-            num_threads=self._num_threads,
+            num_threads=self._num_threads * (self._ranks.num_ranks if self._ranks is not None else 1),
             read_bandwidth=speed.read_bandwidth,
             matrix_rate=speed.matrix_rate,
             disk_bandwidth=disk_bandwidth,
@@ -632,7 +636,9 @@ class WorkerShell:
             self._load_starts.pop(epoch, None)
         return True
 
-    async def _build(self, load: StageLoad, raw: ReceivedTensors, replies: asyncio.Queue[LoadReply | None]) -> Stage:
+    async def _build(
+        self, load: StageLoad, raw: ReceivedTensors, replies: asyncio.Queue[LoadReply | None]
+    ) -> Stage | RankedStage:
         loop = asyncio.get_running_loop()
         weights = raw.without(VOCABULARY_TENSOR)
         total = sum(spec.num_bytes for spec in weights.specs.values())
@@ -651,11 +657,15 @@ class WorkerShell:
             message = LoadProgress(phase="build", done_bytes=min(done, total), total_bytes=total)
             loop.call_soon_threadsafe(replies.put_nowait, message)
 
-        def build() -> Stage:
+        def build() -> Stage | RankedStage:
             from shardwright.model.stage import build_stage  # here: it takes seconds, and heartbeats are answered
 
             self._set_threads(self._num_threads)
             vocabulary = bytes(raw.read(VOCABULARY_TENSOR)) if VOCABULARY_TENSOR in raw.specs else None
+            if self._ranks is not None:
+                return self._ranks.build(
+                    load, tensors=weights.as_fields(), raw=weights, vocabulary=vocabulary, progress=progress
+                )
             return build_stage(
                 config_json=load.model_config,
                 layers=load.assignment.layers,

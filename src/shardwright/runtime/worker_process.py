@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardwright.config import WorkerConfig
+from shardwright.errors import ClusterError, ConfigError
 from shardwright.runtime.measure import resolve_device
 from shardwright.runtime.probe import Machine
 from shardwright.runtime.tensor_cache import TensorCache
@@ -20,6 +24,11 @@ from shardwright.runtime.weight_receiver import WeightReceiver
 from shardwright.runtime.worker import WorkerShell
 from shardwright.transport.address import join_address
 from shardwright.transport.base import Transport
+
+if TYPE_CHECKING:
+    from shardwright.runtime.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 CLOSE_GRACE_S = 0.5
 
@@ -33,29 +42,49 @@ class OpenWorker:
 
 
 @contextlib.asynccontextmanager
-async def open_worker(config: WorkerConfig, transport: Transport, address: str) -> AsyncIterator[OpenWorker]:
+async def open_worker(
+    config: WorkerConfig,
+    transport: Transport,
+    address: str,
+    *,
+    on_lost: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = log.warning,
+) -> AsyncIterator[OpenWorker]:
     """A worker that listens at `address` until the block ends, and for Prometheus at `metrics_port` of `config.host`.
 
+    With `config.tensor_parallel` it starts the other ranks; if one of them is lost, `on_lost` is called (on a thread of
+    its own) with what happened, and has to end the process (default: it does). `say` gets what a user should know.
     Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
     """
     # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
     # more threads than there are cores it no longer waits actively: small products would take twice as long.
     compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-    kernel_dir = _kernel_dir(config)
-    try:
-        machine = await asyncio.get_running_loop().run_in_executor(
-            compute,
-            lambda: Machine(
-                device=config.device,
-                threads=config.threads,
-                memory_bytes=config.memory_bytes,
-                cache_dir=config.cache_dir,
-                offload=config.offload,
-                kernel_dir=kernel_dir,
-            ),
+    if config.offload != "none" and config.tensor_parallel > 1:
+        raise ConfigError(
+            "offload and tensor_parallel exclude each other: a worker with several ranks keeps all its weights"
         )
+    kernel_dir = _kernel_dir(config)
+    ranks = _start_ranks(config, on_lost, say)
+
+    def open_machine() -> Machine:
+        if ranks is not None:
+            ranks.join(kernels=kernel_dir / "deepspeed", all_reduce=config.all_reduce, kernel_dir=kernel_dir)
+        return Machine(
+            device=config.device,
+            threads=config.threads if ranks is None else ranks.threads,
+            memory_bytes=config.memory_bytes,
+            cache_dir=config.cache_dir,
+            offload=config.offload,
+            kernel_dir=kernel_dir,
+            ranks=ranks,
+        )
+
+    try:
+        machine = await asyncio.get_running_loop().run_in_executor(compute, open_machine)
     except BaseException:
         compute.shutdown(wait=False)
+        if ranks is not None:
+            ranks.kill()
         raise
     cache = TensorCache(config.cache_dir, limit_bytes=config.cache_limit_bytes)
     receiver = WeightReceiver(cache, cache_dir=config.cache_dir)
@@ -68,8 +97,11 @@ async def open_worker(config: WorkerConfig, transport: Transport, address: str) 
         transport=transport,
         offload=machine.offload,
         kernel_dir=kernel_dir,
+        ranks=ranks,
     )
     async with contextlib.AsyncExitStack() as stack:
+        if ranks is not None:
+            stack.push_async_callback(asyncio.to_thread, ranks.close)
         stack.push_async_callback(receiver.close)
         stack.push_async_callback(shell.close)
         if config.metrics_port is not None:
@@ -95,6 +127,33 @@ def _build_kernel(config: WorkerConfig) -> None:
         find_product(_kernel_dir(config))
 
 
+def _start_ranks(
+    config: WorkerConfig, on_lost: Callable[[str], None] | None, say: Callable[[str], None]
+) -> Ranks | None:
+    """The other ranks' processes. They end with the thread that starts them: the event loop's."""
+    if config.tensor_parallel == 1:
+        return None
+    from shardwright.model.tensor_parallel import check_deepspeed
+    from shardwright.runtime.measure import usable_cores
+    from shardwright.runtime.ranks import Ranks, rank_devices
+
+    check_deepspeed()
+    devices = rank_devices(resolve_device(config.device), config.tensor_parallel)
+    threads = max((config.threads or usable_cores()) // config.tensor_parallel, 1)
+    holder: list[Ranks] = []
+
+    def end(what: str) -> None:
+        """The compute thread may stand in a sum that is never complete, so nothing is put in order."""
+        for ranks in holder:
+            ranks.kill()
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {what}\n".encode())
+        os._exit(ClusterError.exit_code)
+
+    holder.append(Ranks(devices=devices, threads=threads, on_lost=on_lost or end, say=say))
+    return holder[0]
+
+
 async def _serve_metrics(shell: WorkerShell, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
     """Answer Prometheus until the stack is closed; gives the port."""
     from shardwright.runtime.worker_metrics import MetricsServer  # here: most workers need none of it
@@ -104,16 +163,19 @@ async def _serve_metrics(shell: WorkerShell, host: str, port: int, stack: contex
     return server.port
 
 
-async def run_worker(config: WorkerConfig, *, announce: Callable[[str, str], None]) -> None:
+async def run_worker(
+    config: WorkerConfig, *, announce: Callable[[str, str], None], say: Callable[[str], None] = log.warning
+) -> None:
     """Serve as a worker over gRPC until cancelled.
 
-    `announce` gets host:port once it listens, and host:port for Prometheus (empty: none).
+    `announce` gets host:port once it listens, and host:port for Prometheus (empty: none); `say` what a user should
+    know.
     """
     from shardwright.transport.grpc import GrpcTransport
 
     transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
     await asyncio.to_thread(_build_kernel, config)
-    async with open_worker(config, transport, join_address(config.host, config.port)) as worker:
+    async with open_worker(config, transport, join_address(config.host, config.port), say=say) as worker:
         announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
         # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
         threading.Thread(target=_import_model_code, name="import", daemon=True).start()

@@ -474,7 +474,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use", "metrics_port", "offload", "offload_bytes", "offload_bandwidth")
+    __slots__ = ("protocol_version", "package_version", "torch_version", "transformers_version", "host_id", "pid", "device", "device_name", "memory_total_bytes", "memory_available_bytes", "read_bandwidth", "matrix_rate", "num_threads", "last_epoch", "shared_memory_bytes", "in_use", "metrics_port", "offload", "offload_bytes", "offload_bandwidth", "num_ranks")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -495,6 +495,7 @@ class WorkerDescription(_message.Message):
     OFFLOAD_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     torch_version: str
@@ -515,7 +516,8 @@ class WorkerDescription(_message.Message):
     offload: str
     offload_bytes: int
     offload_bandwidth: float
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ..., metrics_port: _Optional[int] = ..., offload: _Optional[str] = ..., offload_bytes: _Optional[int] = ..., offload_bandwidth: _Optional[float] = ...) -> None: ...
+    num_ranks: int
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., transformers_version: _Optional[str] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_available_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., matrix_rate: _Optional[float] = ..., num_threads: _Optional[int] = ..., last_epoch: _Optional[int] = ..., shared_memory_bytes: _Optional[int] = ..., in_use: _Optional[bool] = ..., metrics_port: _Optional[int] = ..., offload: _Optional[str] = ..., offload_bytes: _Optional[int] = ..., offload_bandwidth: _Optional[float] = ..., num_ranks: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("traces_since",)
@@ -593,8 +595,30 @@ class NamedCount(_message.Message):
     count: int
     def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
+class RankLoad(_message.Message):
+    __slots__ = ("rank", "device", "device_name", "process_memory_bytes", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "gpu_temperature_c", "gpu_power_w")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_UTILIZATION_FIELD_NUMBER: _ClassVar[int]
+    GPU_MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_TEMPERATURE_C_FIELD_NUMBER: _ClassVar[int]
+    GPU_POWER_W_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    device: str
+    device_name: str
+    process_memory_bytes: int
+    gpu_utilization: float
+    gpu_memory_used_bytes: int
+    gpu_memory_total_bytes: int
+    gpu_temperature_c: float
+    gpu_power_w: float
+    def __init__(self, rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., process_memory_bytes: _Optional[int] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ...) -> None: ...
+
 class HeartbeatReport(_message.Message):
-    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings", "gpu_temperature_c", "gpu_power_w", "clock_received_s", "clock_sent_s", "weight_bytes", "kv_bytes", "traces", "next_trace", "phases", "link", "errors", "loaded_bytes", "offloaded_bytes", "offload_read_bytes", "offload_wait_s")
+    __slots__ = ("timestamp", "epoch", "queue_depth", "steps_done", "busy_s", "uptime_s", "device", "device_name", "gpu_utilization", "gpu_memory_used_bytes", "gpu_memory_total_bytes", "cpu_utilization", "memory_used_bytes", "memory_total_bytes", "process_memory_bytes", "timings", "gpu_temperature_c", "gpu_power_w", "clock_received_s", "clock_sent_s", "weight_bytes", "kv_bytes", "traces", "next_trace", "phases", "link", "errors", "loaded_bytes", "offloaded_bytes", "offload_read_bytes", "offload_wait_s", "ranks")
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
@@ -626,6 +650,7 @@ class HeartbeatReport(_message.Message):
     OFFLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     timestamp: float
     epoch: int
     queue_depth: int
@@ -657,7 +682,8 @@ class HeartbeatReport(_message.Message):
     offloaded_bytes: int
     offload_read_bytes: int
     offload_wait_s: float
-    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ..., clock_received_s: _Optional[float] = ..., clock_sent_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., traces: _Optional[_Union[StepTraces, _Mapping]] = ..., next_trace: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTimes, _Mapping]]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., loaded_bytes: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., offloaded_bytes: _Optional[int] = ..., offload_read_bytes: _Optional[int] = ..., offload_wait_s: _Optional[float] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankLoad]
+    def __init__(self, timestamp: _Optional[float] = ..., epoch: _Optional[int] = ..., queue_depth: _Optional[int] = ..., steps_done: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., gpu_utilization: _Optional[float] = ..., gpu_memory_used_bytes: _Optional[int] = ..., gpu_memory_total_bytes: _Optional[int] = ..., cpu_utilization: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StepTiming, _Mapping]]] = ..., gpu_temperature_c: _Optional[float] = ..., gpu_power_w: _Optional[float] = ..., clock_received_s: _Optional[float] = ..., clock_sent_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., traces: _Optional[_Union[StepTraces, _Mapping]] = ..., next_trace: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTimes, _Mapping]]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., loaded_bytes: _Optional[_Iterable[_Union[NamedCount, _Mapping]]] = ..., offloaded_bytes: _Optional[int] = ..., offload_read_bytes: _Optional[int] = ..., offload_wait_s: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankLoad, _Mapping]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("epoch",)

@@ -56,6 +56,8 @@ MAX_CONFIG_CHARS: Final = MIB
 """Longest model config."""
 MAX_REASON_CHARS: Final = 8192
 """Longest explanation; a sender cuts what is longer."""
+MAX_RANKS: Final = 64
+"""Most devices of one worker."""
 MAX_TIMINGS: Final = 4096
 """Most step shapes in one heartbeat report."""
 MAX_TRACES: Final = 4096

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from shardwright.errors import ProtocolError
-from shardwright.types import OFFLOADS, WEIGHT_SOURCES, Epoch, HeartbeatReport, StepTiming, WorkerDescription
+from shardwright.types import (
+    OFFLOADS,
+    WEIGHT_SOURCES,
+    Epoch,
+    HeartbeatReport,
+    RankLoad,
+    StepTiming,
+    WorkerDescription,
+)
 from shardwright.wire import checks, trace_codec
 from shardwright.wire import inference_pb2 as pb
-from shardwright.wire.limits import MAX_TIMINGS
+from shardwright.wire.limits import MAX_RANKS, MAX_TIMINGS
 
 EMPTY: Final = b""
 """A message without fields: `DescribeRequest`, `ReleaseReply`."""
@@ -68,6 +76,7 @@ def encode_description(description: WorkerDescription) -> bytes:
         offload=description.offload,
         offload_bytes=description.offload_bytes,
         offload_bandwidth=description.offload_bandwidth,
+        num_ranks=description.num_ranks,
     )
     return checks.serialize(message)
 
@@ -98,6 +107,7 @@ def decode_description(raw: bytes) -> WorkerDescription:
         offload=_offload(source.offload),
         offload_bytes=source.offload_bytes,
         offload_bandwidth=checks.number("WorkerDescription.offload_bandwidth", source.offload_bandwidth),
+        num_ranks=checks.between("WorkerDescription.num_ranks", max(source.num_ranks, 1), 1, MAX_RANKS),
     )
 
 
@@ -144,6 +154,20 @@ def encode_report(report: HeartbeatReport) -> bytes:
         offloaded_bytes=report.offloaded_bytes,
         offload_read_bytes=report.offload_read_bytes,
         offload_wait_s=report.offload_wait_s,
+        ranks=[
+            pb.RankLoad(
+                rank=load.rank,
+                device=load.device,
+                device_name=load.device_name,
+                process_memory_bytes=load.process_memory_bytes,
+                gpu_utilization=load.gpu_utilization,
+                gpu_memory_used_bytes=load.gpu_memory_used_bytes,
+                gpu_memory_total_bytes=load.gpu_memory_total_bytes,
+                gpu_temperature_c=load.gpu_temperature_c,
+                gpu_power_w=load.gpu_power_w,
+            )
+            for load in report.ranks
+        ],
     )
     return checks.serialize(message)
 
@@ -152,6 +176,7 @@ def decode_report(raw: bytes) -> HeartbeatReport:
     """Raises `ProtocolError`."""
     source = checks.parse(pb.HeartbeatReport, raw)
     checks.at_most("HeartbeatReport.timings", len(source.timings), MAX_TIMINGS)
+    checks.at_most("HeartbeatReport.ranks", len(source.ranks), MAX_RANKS - 1)
     has = source.HasField
     return HeartbeatReport(
         timestamp=checks.number("HeartbeatReport.timestamp", source.timestamp),
@@ -191,6 +216,26 @@ def decode_report(raw: bytes) -> HeartbeatReport:
         offloaded_bytes=source.offloaded_bytes,
         offload_read_bytes=source.offload_read_bytes,
         offload_wait_s=checks.number("HeartbeatReport.offload_wait_s", source.offload_wait_s),
+        ranks=tuple(_read_rank(load) for load in source.ranks),
+    )
+
+
+def _read_rank(source: pb.RankLoad) -> RankLoad:
+    has = source.HasField
+    return RankLoad(
+        rank=checks.between("RankLoad.rank", source.rank, 1, MAX_RANKS - 1),
+        device=checks.text("RankLoad.device", source.device),
+        device_name=checks.text("RankLoad.device_name", source.device_name, empty=True),
+        process_memory_bytes=source.process_memory_bytes,
+        gpu_utilization=(
+            checks.number("RankLoad.gpu_utilization", source.gpu_utilization) if has("gpu_utilization") else None
+        ),
+        gpu_memory_used_bytes=source.gpu_memory_used_bytes if has("gpu_memory_used_bytes") else None,
+        gpu_memory_total_bytes=source.gpu_memory_total_bytes if has("gpu_memory_total_bytes") else None,
+        gpu_temperature_c=(
+            checks.number("RankLoad.gpu_temperature_c", source.gpu_temperature_c) if has("gpu_temperature_c") else None
+        ),
+        gpu_power_w=checks.number("RankLoad.gpu_power_w", source.gpu_power_w) if has("gpu_power_w") else None,
     )
 
 

@@ -61,3 +61,14 @@ async def test_a_real_models_answers_are_the_whole_models(name, dtype):
             largest = verdict.difference.rounding / 2**-6
             unit = 2.0 ** (math.floor(math.log2(largest)) - (BFLOAT16_DIGITS - 1))
             assert verdict.difference.margin <= 4 * unit
+
+
+@pytest.mark.timeout(900)  # the first run downloads the models
+@pytest.mark.parametrize(("name", "num_ranks"), [("smollm2-135m", 3), ("gemma3-270m", 2)])
+async def test_a_real_model_over_ranks_gives_the_whole_models_answers(name, num_ranks):
+    """Two workers of as many ranks as divide the model's heads."""
+    config = MasterConfig(model=name, dtype="float32", cache_dir=default_cache_dir(), token_budget=6, kv_tokens=2048)
+    _, verdicts = await verify(
+        config, num_stages=2, num_ranks=num_ranks, max_new_tokens=8, listener=Silence(), prompts=PROMPTS
+    )
+    assert [verdict.split_tokens for verdict in verdicts] == [verdict.whole_tokens for verdict in verdicts]
