@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti"
 BUILD_TIMEOUT_S = 120.0
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1}
+
+_compilers: list[subprocess.Popen[bytes]] = []  # that run now
 
 log = logging.getLogger(__name__)
 
@@ -162,22 +165,35 @@ def _build(command: list[str], source: bytes, library: Path) -> None:
         made = Path(scratch) / "product.so"
         text = Path(scratch) / "product.cpp"
         text.write_bytes(source)
+        process = subprocess.Popen(  # noqa: S603  the compiler was looked up, the rest is ours
+            [*command, "-o", str(made), str(text)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,  # a compiler has children of its own, which end with it only if told together
+        )
+        _compilers.append(process)
         try:
-            done = subprocess.run(  # noqa: S603  the compiler was looked up, the rest is ours
-                [*command, "-o", str(made), str(text)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=BUILD_TIMEOUT_S,
-                check=False,
-            )
+            _, errors = process.communicate(timeout=BUILD_TIMEOUT_S)
         except subprocess.TimeoutExpired as exc:
+            stop_building()
+            process.communicate()
             raise KernelUnavailableError(f"{command[0]} took longer than {BUILD_TIMEOUT_S:.0f} s") from exc
-        if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+        finally:
+            _compilers.remove(process)
+        if process.returncode != 0:
+            lines = errors.decode(errors="replace").strip().splitlines()
             said = next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
-            raise KernelUnavailableError(f"{command[0]} failed with exit code {done.returncode}: {said[:300]}")
+            raise KernelUnavailableError(f"{command[0]} failed with exit code {process.returncode}: {said[:300]}")
         made.chmod(0o700)
         made.replace(library)
+
+
+def stop_building() -> None:
+    """End the compilers that this process started, whichever thread waits for them: the process is about to end."""
+    for process in _compilers.copy():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _check_private(path: Path) -> None:

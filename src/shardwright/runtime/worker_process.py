@@ -127,6 +127,13 @@ def _build_kernel(config: WorkerConfig) -> None:
         find_product(_kernel_dir(config))
 
 
+def _stop_building() -> None:
+    """The worker ends while its kernel is compiled: the compiler ends with it."""
+    from shardwright.model.product import stop_building
+
+    stop_building()
+
+
 def _start_ranks(
     config: WorkerConfig, on_lost: Callable[[str], None] | None, say: Callable[[str], None]
 ) -> Ranks | None:
@@ -174,7 +181,11 @@ async def run_worker(
     from shardwright.transport.grpc import GrpcTransport
 
     transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
-    await asyncio.to_thread(_build_kernel, config)
+    try:
+        await asyncio.to_thread(_build_kernel, config)
+    except asyncio.CancelledError:
+        _stop_building()
+        raise
     async with open_worker(config, transport, join_address(config.host, config.port), say=say) as worker:
         announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
         # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
