@@ -134,6 +134,7 @@ def test_machines_differ_by_their_boot_and_without_one_by_their_names(monkeypatc
 
 def test_a_measurement_is_short_plausible_and_gives_its_memory_back():
     """The bounds are far apart: from a busy small board to the fastest server."""
+    measure_speed(CPU, num_threads=1)  # what libraries keep for good, they keep once
     before = psutil.Process().memory_info().rss
     threads = torch.get_num_threads()
     start = time.perf_counter()
@@ -170,7 +171,7 @@ def test_the_kernel_that_stages_use_counts_for_16_bits(monkeypatch, tmp_path, dt
 
     monkeypatch.setattr("shardwright.model.product.built_product", lambda _: Instant())
     rate = measure_speed(CPU, num_threads=1, dtype=dtype, kernel_dir=tmp_path).matrix_rate
-    assert (rate > 1e14) == counts
+    assert (rate > 5e12) == counts  # a call of nothing takes a microsecond at most, no core is as fast
 
 
 # --- the disk ----------------------------------------------------------------------------------------
