@@ -184,10 +184,7 @@ def _choose(dtype: torch.dtype, num_threads: int, kernel_dir: Path | None) -> Li
 def _time_few_rows(dtype: torch.dtype, product: Product, *, packs: bool) -> dict[str, float]:
     """For each form the geometric mean of its times for one row and for eight."""
     weight = torch.full(_TRIED_SHAPE, 0.5, dtype=dtype)
-    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "plain": functools.partial(functional.linear, weight=weight),
-        "own kernel": functools.partial(product.linear, weight=weight, bias=None),
-    }
+    forms = _plain_forms(weight, product)
     if packs:
         forms["packed"] = PackedLinear(weight.clone(), None)
     means = dict.fromkeys(forms, 1.0)
@@ -199,16 +196,20 @@ def _time_few_rows(dtype: torch.dtype, product: Product, *, packs: bool) -> dict
 
 def _rows_for(dtype: torch.dtype, product: Product) -> int:
     """The number of rows up to which our own kernel is not slower than torch's product with the same weight."""
-    weight = torch.full(_TRIED_SHAPE_MANY, 0.5, dtype=dtype)
-    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "plain": functools.partial(functional.linear, weight=weight),
-        "own kernel": functools.partial(product.linear, weight=weight, bias=None),
-    }
+    forms = _plain_forms(torch.full(_TRIED_SHAPE_MANY, 0.5, dtype=dtype), product)
     for rows in _MANY_ROWS:
         seconds = _time(forms, torch.ones((rows, _TRIED_SHAPE_MANY[1]), dtype=dtype))
         if seconds["own kernel"] <= seconds["plain"]:
             return _UNBOUNDED if rows == max(_MANY_ROWS) else rows
     return max(_FEW_ROWS)
+
+
+def _plain_forms(weight: torch.Tensor, product: Product) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The products that read the weight in its plain order."""
+    return {
+        "plain": functools.partial(functional.linear, weight=weight),
+        "own kernel": functools.partial(product.linear, weight=weight, bias=None),
+    }
 
 
 def _time(forms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> dict[str, float]:

@@ -56,13 +56,13 @@ async def open_worker(
     its own) with what happened, and has to end the process (default: it does). `say` gets what a user should know.
     Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
     """
-    # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
-    # more threads than there are cores it no longer waits actively: small products would take twice as long.
-    compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
     if config.offload != "none" and config.tensor_parallel > 1:
         raise ConfigError(
             "offload and tensor_parallel exclude each other: a worker with several ranks keeps all its weights"
         )
+    # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
+    # more threads than there are cores it no longer waits actively: small products would take twice as long.
+    compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
     kernel_dir = _kernel_dir(config)
     ranks = _start_ranks(config, on_lost, say)
 

@@ -68,10 +68,6 @@ def test_two_workers_on_a_gpu_each(processes, whole):
 
 def test_one_worker_of_two_ranks(processes, whole):
     needs_two_gpus()
-    running = processes.run("generate", "--help")
-    running.wait()
-    if "--tensor-parallel" not in running.out:
-        pytest.skip("this version has no --tensor-parallel")
     assert generate(processes, whole, "--local-workers", 1, "--tensor-parallel", 2)[0] == expected(whole)
 
 
