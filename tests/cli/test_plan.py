@@ -67,7 +67,7 @@ def test_a_plan_shows_what_is_offloaded_and_what_that_costs(run_cli, planned, mo
     limits = PlacementSettings(workspace_bytes=0, min_kv_tokens=16, max_kv_tokens=64)
 
     async def fake(config, *, local_workers, worker_options):
-        return MODEL, place(COSTS, [capacity], limits)
+        return MODEL, {}, place(COSTS, [capacity], limits)
 
     monkeypatch.setattr(plan_module, "_plan", fake)
     out = run_cli("plan", "--model", "toy").out

@@ -445,7 +445,10 @@ async def open_session(
                     stack.push_async_callback(clients[worker_id].close)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
         tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
-        addresses = {worker_id: client.address for worker_id, client in clients.items()}
+        # A stage is told the address that was registered, whatever way the master itself takes to that worker.
+        addresses = {
+            worker_id: entry.address for worker_id, entry in zip(name_workers(entries), entries, strict=True)
+        }
         sender = _StageSender(model, tokenizer, addresses, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),

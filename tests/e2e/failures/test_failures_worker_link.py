@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from live_sessions import Silence
 from relay import AroundRelays, Relay
+from tiny_models import greedy_answer
 
 from shardwright.config import MasterConfig
 from shardwright.engine import FinishEvent, TokenEvent
@@ -21,9 +22,11 @@ PROMPT = (5, 17, 3, 99)
 
 
 @contextlib.asynccontextmanager
-async def relayed_session(cluster, tiny, tmp_path, *, delay_s=0.0):
+async def relayed_session(cluster, tiny, tmp_path, *, delay_s=0.0, recover=True):
     """A session whose workers reach each other through relays, and the relays."""
-    config = MasterConfig(model=str(tiny.folder), cache_dir=tmp_path / "cache", dtype="float32", kv_tokens=4096)
+    config = MasterConfig(
+        model=str(tiny.folder), cache_dir=tmp_path / "cache", dtype="float32", kv_tokens=4096, recover=recover
+    )
     async with contextlib.AsyncExitStack() as stack:
         relays, entries, workers = [], [], {}
         for number, port in enumerate(cluster.ports):
@@ -53,6 +56,17 @@ async def follow(session, num_tokens, *, on_token=lambda _: None):
     return tokens, times, finish
 
 
+def at_the_fifth(relays, change):
+    """What does this to each relay when the fifth token has come."""
+
+    def on_token(num_tokens):
+        if num_tokens == 5:
+            for relay in relays:
+                change(relay)
+
+    return on_token
+
+
 async def test_a_delay_on_the_workers_link_delays_each_token_once_and_changes_none(cluster, tiny, tmp_path):
     async with relayed_session(cluster, tiny, tmp_path) as (session, relays):
         expected, _, _ = await follow(session, 6)
@@ -66,31 +80,36 @@ async def test_a_delay_on_the_workers_link_delays_each_token_once_and_changes_no
 
 
 async def test_a_cut_between_the_workers_ends_requests_with_an_error_that_names_the_worker(cluster, tiny, tmp_path):
-    async with relayed_session(cluster, tiny, tmp_path) as (session, relays):
-
-        def cut(num_tokens):
-            if num_tokens == 5:
-                for relay in relays:
-                    relay.cut()
-
-        tokens, _, finish = await follow(session, 3000, on_token=cut)
+    async with relayed_session(cluster, tiny, tmp_path, recover=False) as (session, relays):
+        tokens, _, finish = await follow(session, 3000, on_token=at_the_fifth(relays, Relay.cut))
         assert 5 <= len(tokens) < 3000
         assert finish.reason is FinishReason.ERROR
         assert "worker worker" in finish.message
         assert "127.0.0.1" in finish.message
 
 
-@pytest.mark.slow
-async def test_a_silent_link_between_the_workers_is_noticed(cluster, tiny, tmp_path):
+async def test_a_cut_between_the_workers_that_stays_leaves_the_answer_to_one_of_them(cluster, tiny, tmp_path):
+    expected = greedy_answer(tiny.model, PROMPT, 500)
     async with relayed_session(cluster, tiny, tmp_path) as (session, relays):
+        assert len(session.stages) == 2
+        tokens, _, finish = await follow(session, 500, on_token=at_the_fifth(relays, Relay.cut))
+        assert tokens == expected
+        assert finish.reason is FinishReason.LENGTH
+        assert len(session.stages) == 1
 
-        def silence(num_tokens):
-            if num_tokens == 5:
-                for relay in relays:
-                    relay.silence()
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recover", [True, False])
+async def test_a_silent_link_between_the_workers_is_noticed_and_recovered_from(cluster, tiny, tmp_path, recover):
+    expected = greedy_answer(tiny.model, PROMPT, 1000)
+    async with relayed_session(cluster, tiny, tmp_path, recover=recover) as (session, relays):
         began = time.perf_counter()
-        _, _, finish = await follow(session, 3000, on_token=silence)
-        assert finish.reason is FinishReason.ERROR
-        assert "ping timeout" in finish.message
-        assert time.perf_counter() - began < KEEPALIVE_S + KEEPALIVE_TIMEOUT_S + 10
+        tokens, _, finish = await follow(session, 1000, on_token=at_the_fifth(relays, Relay.silence))
+        assert time.perf_counter() - began < KEEPALIVE_S + KEEPALIVE_TIMEOUT_S + (30 if recover else 10)
+        assert tokens == expected[: len(tokens)]
+        if recover:
+            assert finish.reason is FinishReason.LENGTH
+            assert len(tokens) == 1000
+        else:
+            assert finish.reason is FinishReason.ERROR
+            assert "ping timeout" in finish.message
