@@ -446,9 +446,7 @@ async def open_session(
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
         tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
         # A stage is told the address that was registered, whatever way the master itself takes to that worker.
-        addresses = {
-            worker_id: entry.address for worker_id, entry in zip(name_workers(entries), entries, strict=True)
-        }
+        addresses = {worker_id: entry.address for worker_id, entry in zip(name_workers(entries), entries, strict=True)}
         sender = _StageSender(model, tokenizer, addresses, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),
