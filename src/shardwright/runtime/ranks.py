@@ -188,7 +188,7 @@ class Ranks:
             each.beat_s = time.monotonic()
 
     def _find_kernel(self, kernels: Path, all_reduce: str) -> Path | None:
-        from shardwright.model.tensor_parallel import build_kernel
+        from shardwright.model.deepspeed_kernel import build_kernel
         from shardwright.runtime.measure import usable_cores
 
         if all_reduce == "gloo" or (all_reduce == "auto" and self.threads * self.num_ranks > usable_cores()):
