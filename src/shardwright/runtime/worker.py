@@ -51,6 +51,7 @@ from shardwright.errors import (
 )
 from shardwright.runtime.links import PING_INTERVAL_S, measure_link, round_trip
 from shardwright.runtime.measure import wait_for
+from shardwright.runtime.stage_build import stage_builder, stage_fields
 from shardwright.runtime.step_recorder import ErrorCounter, StepRecorder, Transit
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
@@ -658,23 +659,14 @@ class WorkerShell:
             loop.call_soon_threadsafe(replies.put_nowait, message)
 
         def build() -> Stage | RankedStage:
-            from shardwright.model.stage import build_stage  # here: it takes seconds, and heartbeats are answered
-
             self._set_threads(self._num_threads)
             vocabulary = bytes(raw.read(VOCABULARY_TENSOR)) if VOCABULARY_TENSOR in raw.specs else None
             if self._ranks is not None:
                 return self._ranks.build(
                     load, tensors=weights.as_fields(), raw=weights, vocabulary=vocabulary, progress=progress
                 )
-            return build_stage(
-                config_json=load.model_config,
-                layers=load.assignment.layers,
-                is_first=load.assignment.is_first,
-                is_last=load.assignment.is_last,
-                dtype=load.dtype,
+            return stage_builder(stage_fields(load))(
                 device=self._device,
-                num_blocks=load.assignment.num_blocks,
-                block_size=load.assignment.block_size,
                 raw=weights,
                 vocabulary=vocabulary,
                 progress=progress,
