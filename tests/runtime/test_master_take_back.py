@@ -1,4 +1,4 @@
-"""A master asks a worker that is lost again and again, and uses it when it can: what it held is of an epoch that is over.
+"""A master asks a lost worker again and again, and uses it when it can: what it held is of an epoch that is over.
 
 Workers compute nothing, but are spoken to over a network, which can be cut and mended.
 """
