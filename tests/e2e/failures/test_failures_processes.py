@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import time
 
@@ -84,6 +85,23 @@ def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_
     assert code == 3
     assert "local-" in error_of(run)
     assert seconds < ENDS_WITHIN_S
+    assert run.descendants() == []
+
+
+@pytest.mark.slow
+def test_a_generation_goes_on_when_a_local_worker_is_killed(processes, tiny, tmp_path):
+    """The answer is the whole model's to its last token, although half of the pipeline was lost on the way."""
+    run = processes.run(
+        "generate", "--model", tiny.folder, "--cache-dir", tmp_path / "cache", "--local-workers", 2, "--threads", 1,
+        "--prompt-ids", IDS, "--max-new-tokens", 1500, "--ignore-eos", "--json",
+    )  # fmt: skip
+    run.wait_for("^ready: 2 stages")
+    time.sleep(0.3)
+    max(run.descendants(), key=lambda process: process.pid).send_signal(signal.SIGKILL)
+    expected = greedy_answer(tiny.model, PROMPT, 1500)
+    assert run.wait() == 0, run.err
+    assert len(re.findall(r"worker local-\d was lost: .*; the model is placed again", run.err)) == 1
+    assert json.loads(run.out)["token_ids"] == expected
     assert run.descendants() == []
 
 
