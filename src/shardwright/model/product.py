@@ -152,6 +152,8 @@ def _built(folder: Path) -> Path:
     if not library.exists():
         with locked(folder):
             if not library.exists():  # another process may have built it while this one waited
+                for left in folder.glob("build-*"):  # by a process that was killed: whoever builds holds the lock
+                    shutil.rmtree(left, ignore_errors=True)
                 _build(command, source, library)
     _check_private(library)
     with contextlib.suppress(OSError):
