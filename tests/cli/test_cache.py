@@ -1,4 +1,4 @@
-"""`shardwright cache` shows and removes the compiled kernels of a cache folder, unless somebody compiles them."""
+"""`shardwright cache` shows and removes the tensors and compiled kernels of a cache folder."""
 
 import json
 import os
@@ -9,6 +9,45 @@ from shardwright.model.kernel_build import locked
 
 MIB = 1024 * 1024
 ROW_FIELDS = {"kind", "name", "num_bytes", "last_used"}
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    """A cache folder with two tensors and no kernels."""
+    for letter, size in (("a", 2**20), ("b", 2**19)):
+        folder = tmp_path / "cache" / "tensors" / (letter * 2)
+        folder.mkdir(parents=True)
+        (folder / (letter * 64)).write_bytes(b"\0" * size)
+    os.utime(folder / (letter * 64), (1_000_000, 1_000_000))
+    return tmp_path / "cache"
+
+
+def test_cache_ls_lists_the_least_recently_used_first(run_cli, tensors):
+    outcome = run_cli("cache", "ls", "--cache-dir", tensors)
+    lines = [line for line in outcome.out.splitlines() if "│" in line]
+    assert ["b" * 16 in lines[0], "a" * 16 in lines[1]] == [True, True]
+    assert "1970-01-12" in lines[0]
+    assert outcome.out.splitlines()[-1].startswith("2 tensors, 1.5 MiB of at most 51200 MiB, in ")
+
+
+def test_cache_ls_as_json(run_cli, tensors):
+    first, second = json.loads(run_cli("cache", "ls", "--json", "--cache-dir", tensors).out)
+    assert first == {
+        "kind": "tensor",
+        "sha256": "b" * 64,
+        "num_bytes": 2**19,
+        "last_used": 1_000_000.0,
+        "partial": False,
+    }
+    assert second["num_bytes"] == 2**20
+
+
+def test_cache_clear_frees_what_was_there(run_cli, tensors):
+    assert run_cli("cache", "clear", "--cache-dir", tensors).out == f"1.5 MiB freed in {tensors}\n"
+    assert run_cli("cache", "ls", "--cache-dir", tensors).out.startswith("0 tensors, 0.0 MiB")
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------
 
 
 def put(path, num_bytes, last_used):
@@ -49,8 +88,8 @@ def test_kernels_are_listed_the_least_recently_used_first(run_cli, cache):
 def test_the_table_of_kernels_names_each_with_its_size(run_cli, cache):
     shown = run_cli("cache", "ls", "--cache-dir", cache).out
     assert [line.split("│")[2].strip() for line in shown.splitlines() if "product-ab.so" in line] == ["1.00"]
-    assert "0 tensors, 0.0 MiB of at most" in shown
-    assert f"and 3 compiled kernels, 3.0 MiB, in {cache}" in shown
+    assert shown.splitlines()[-2].startswith("0 tensors, 0.0 MiB of at most")
+    assert shown.splitlines()[-1] == f"3 compiled kernels, 3.0 MiB, in {cache / 'kernels'}"
 
 
 def test_clear_removes_kernels_and_leaves_their_locks(run_cli, cache):
@@ -77,7 +116,7 @@ def test_clear_leaves_a_folder_in_which_somebody_compiles(run_cli, cache, busy, 
     assert names(run_cli, cache) == stays
 
 
-def test_a_cache_that_was_never_used_has_no_kernels(run_cli, tmp_path):
+def test_a_cache_that_is_not_there_is_empty(run_cli, tmp_path):
     cache = tmp_path / "none"
     assert names(run_cli, cache) == []
     assert run_cli("cache", "clear", "--cache-dir", cache).out == f"0.0 MiB freed in {cache}\n"

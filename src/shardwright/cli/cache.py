@@ -48,7 +48,8 @@ def list_entries(
     from shardwright.runtime.kernel_cache import KernelCache
 
     settings = options.worker_config(config, cache_dir=cache_dir)
-    tensors, kernels = _open(settings).entries(), KernelCache(settings.cache_dir).entries()
+    compiled = KernelCache(settings.cache_dir)
+    tensors, kernels = _open(settings).entries(), compiled.entries()
     if as_json:
         fields: list[dict[str, object]] = [
             {
@@ -76,11 +77,14 @@ def list_entries(
         )
     if kernels:
         _print_table("kernel", [(each.name, each.num_bytes, each.last_used_s, "") for each in kernels])
-    total, of_kernels = (sum(each.num_bytes for each in entries) for entries in (tensors, kernels))
+    total = sum(each.num_bytes for each in tensors)
     print(
-        f"{len(tensors)} tensors, {total / MIB:.1f} MiB of at most {settings.cache_limit_bytes / MIB:.0f} MiB, and "
-        f"{len(kernels)} compiled kernels, {of_kernels / MIB:.1f} MiB, in {settings.cache_dir}"
+        f"{len(tensors)} tensors, {total / MIB:.1f} MiB of at most {settings.cache_limit_bytes / MIB:.0f} MiB, "
+        f"in {settings.cache_dir}"
     )
+    if kernels:
+        of_kernels = sum(each.num_bytes for each in kernels)
+        print(f"{len(kernels)} compiled kernels, {of_kernels / MIB:.1f} MiB, in {compiled.folder}")
 
 
 def _print_table(what: str, rows: list[tuple[str, int, float, str]]) -> None:
