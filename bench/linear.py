@@ -24,6 +24,7 @@ from torch.nn import functional
 from shardwright.config import default_cache_dir
 from shardwright.model.linear import PackedLinear, can_pack
 from shardwright.model.product import find_product
+from shardwright.runtime.kernel_cache import KernelCache
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--inductor", action="store_true", help="also what torch.compile makes; minutes")
     arguments = parser.parse_args()
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[arguments.dtype]
-    product = find_product(default_cache_dir() / "kernels")
+    product = find_product(KernelCache(default_cache_dir()).folder)
     if product is None or not product.can_multiply(dtype):
         raise SystemExit("there is no kernel of our own on this machine; the warning above says why")
     bandwidth = read_bandwidth(arguments.threads)

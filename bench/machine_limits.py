@@ -15,6 +15,7 @@ from torch.nn import functional
 from shardwright.config import default_cache_dir
 from shardwright.model.linear import PackedLinear, can_pack
 from shardwright.model.product import find_product
+from shardwright.runtime.kernel_cache import KernelCache
 from shardwright.types import ModelCosts
 
 READ_BYTES = 1 << 30
@@ -51,7 +52,7 @@ def matrix_rate(config_json: str, *, num_tokens: int) -> Rate:
     config = json.loads(config_json)
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"] * (config.get("head_dim") or hidden // config["num_attention_heads"])
-    product = find_product(default_cache_dir() / "kernels")
+    product = find_product(KernelCache(default_cache_dir()).folder)
     found = []
     with torch.inference_mode():
         for size in SQUARE_SIZES:

@@ -50,7 +50,7 @@ def run_worker_process() -> None:
     from shardwright.cli.cluster import serve_worker
     from shardwright.config import WorkerConfig
     from shardwright.errors import LinkLostError
-    from shardwright.runtime import worker
+    from shardwright.runtime import held_stage, worker
     from shardwright.runtime.step_recorder import StepRecorder
 
     is_on = True
@@ -64,7 +64,7 @@ def run_worker_process() -> None:
             if is_on:
                 super().record(*args)
 
-    ping = worker.round_trip
+    ping = held_stage.round_trip
 
     async def switched_ping(client: Any) -> float:
         if is_on:
@@ -74,7 +74,7 @@ def run_worker_process() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, switch)
     worker.StepRecorder = Switched
-    worker.round_trip = switched_ping
+    held_stage.round_trip = switched_ping
     config = WorkerConfig(host="127.0.0.1", port=0, threads=1)
     serving = serve_worker(config, announce=lambda address, *_: print(address.rpartition(":")[2], flush=True))
     aio.run(aio.until_stdin_closes(serving))

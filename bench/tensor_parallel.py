@@ -19,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shardwright.config import default_cache_dir
+from shardwright.runtime.kernel_cache import KernelCache
+
 GEMMA_2B = {
     "model_type": "gemma",
     "hidden_size": 2048,
@@ -124,7 +127,6 @@ def main() -> None:
 
     import torch
 
-    from shardwright.config import default_cache_dir
     from shardwright.model.checkpoint import open_weight_file
     from shardwright.model.stage import build_stage
     from shardwright.runtime.ranks import Ranks
@@ -166,7 +168,7 @@ def main() -> None:
 
         ranks = Ranks(devices=["cpu", "cpu"], threads=1, on_lost=print, say=print)
         try:
-            ranks.join(kernels=default_cache_dir() / "kernels", all_reduce=options.all_reduce)
+            ranks.join(kernels=KernelCache(default_cache_dir()).deepspeed_folder, all_reduce=options.all_reduce)
             sums: list[float] = []
             time_sums(sums)
             assignment = StageAssignment(

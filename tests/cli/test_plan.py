@@ -1,9 +1,8 @@
-"""`plan`, `verify` and `cache` from the shell's side."""
+"""`plan` and `verify` from the shell's side."""
 
 import contextlib
 import io
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -141,40 +140,6 @@ def test_a_difference_within_rounding_is_told_but_passes(run_cli, verified):
     assert outcome.code == 0
     assert "0.125 apart there, within rounding (0.25)" in outcome.out
     assert outcome.out.endswith("the same within rounding as the whole model\n")
-
-
-@pytest.fixture
-def cached(tmp_path):
-    for letter, size in (("a", 2**20), ("b", 2**19)):
-        folder = tmp_path / "cache" / "tensors" / (letter * 2)
-        folder.mkdir(parents=True)
-        (folder / (letter * 64)).write_bytes(b"\0" * size)
-    os.utime(folder / (letter * 64), (1_000_000, 1_000_000))
-    return tmp_path / "cache"
-
-
-def test_cache_ls_lists_the_least_recently_used_first(run_cli, cached):
-    outcome = run_cli("cache", "ls", "--cache-dir", cached)
-    lines = [line for line in outcome.out.splitlines() if "│" in line]
-    assert ["b" * 16 in lines[0], "a" * 16 in lines[1]] == [True, True]
-    assert "1970-01-12" in lines[0]
-    assert outcome.out.splitlines()[-1].startswith("2 tensors, 1.5 MiB of at most 51200 MiB, in ")
-
-
-def test_cache_ls_as_json(run_cli, cached):
-    first, second = json.loads(run_cli("cache", "ls", "--json", "--cache-dir", cached).out)
-    assert first == {"sha256": "b" * 64, "num_bytes": 2**19, "last_used": 1_000_000.0, "partial": False}
-    assert second["num_bytes"] == 2**20
-
-
-def test_cache_clear_frees_what_was_there(run_cli, cached):
-    assert run_cli("cache", "clear", "--cache-dir", cached).out == f"1.5 MiB freed in {cached}\n"
-    assert run_cli("cache", "ls", "--cache-dir", cached).out.startswith("0 tensors, 0.0 MiB")
-
-
-def test_a_cache_that_is_not_there_is_empty(run_cli, tmp_path):
-    assert run_cli("cache", "clear", "--cache-dir", tmp_path / "none").code == 0
-    assert json.loads(run_cli("cache", "ls", "--json", "--cache-dir", tmp_path / "none").out) == []
 
 
 async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_path, monkeypatch):

@@ -191,6 +191,8 @@ def compiler_that(tmp_path, script):
 def test_a_build_that_fails_leaves_nothing_and_one_line_says_what_failed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(product_module, "COMPILERS", compiler_that(tmp_path, "echo 'x.cpp: error: so sad' >&2; exit 3"))
     folder = tmp_path / "kernels"
+    folder.mkdir(mode=0o700)
+    (folder / "build-of-one-that-was-killed").mkdir()
     assert find_product(folder) is None
     assert len(caplog.records) == 1
     assert "failed with exit code 3: x.cpp: error: so sad" in caplog.text

@@ -17,7 +17,7 @@ from shardwright.errors import FrameError, LinkLostError, ShardwrightError, Stag
 from shardwright.model import stage as stage_module
 from shardwright.model.offload import OffloadCounts
 from shardwright.model.stage import StageOutput
-from shardwright.runtime import worker as worker_module
+from shardwright.runtime import held_stage
 from shardwright.runtime.measure import Speed
 from shardwright.runtime.raw_source import BlobsBeside, blob_spec
 from shardwright.runtime.tensor_cache import TensorCache
@@ -517,7 +517,7 @@ async def test_a_report_tells_what_the_stage_holds_and_where_its_weights_came_fr
 
 
 async def test_a_link_tells_what_went_over_it_and_how_far_its_end_is(pair, monkeypatch):
-    monkeypatch.setattr(worker_module, "PING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(held_stage, "PING_INTERVAL_S", 0.01)
     first, second = pair
     unused = LinkReport(peer="w2", bytes_sent=0, steps_sent=0, round_trip_s=None)
     assert (await first.client.heartbeat(timeout_s=T)).link == unused
@@ -546,7 +546,7 @@ async def test_a_link_tells_what_went_over_it_and_how_far_its_end_is(pair, monke
 
 
 async def test_a_ping_that_is_never_answered_holds_up_no_step(pair, monkeypatch):
-    monkeypatch.setattr(worker_module, "PING_INTERVAL_S", 0.0)
+    monkeypatch.setattr(held_stage, "PING_INTERVAL_S", 0.0)
     first, second = pair
     asked = asyncio.Event()
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from shardwright.model.kernel_build import BuildTimeoutError, cpu_identity, locked, run_build
+
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fno-math-errno")
 BUILD_TIMEOUT_S = 120.0
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1}
-
-_compilers: list[subprocess.Popen[bytes]] = []  # that run now
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +139,7 @@ def _library(folder: Path) -> tuple[Path, list[str], bytes]:
     source = resources.files("shardwright.model").joinpath("product.cpp").read_bytes()
     native = "-mcpu=native" if platform.machine() in {"aarch64", "arm64"} else "-march=native"
     command = [compiler, *FLAGS, native]
-    parts = (source, " ".join(command).encode(), _compiler_version(compiler), _cpu_features())
+    parts = (source, " ".join(command).encode(), _compiler_version(compiler), cpu_identity())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return folder / f"product-{key[:32]}.so", command, source
 
@@ -153,10 +150,14 @@ def _built(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
     if not library.exists():
-        with _locked(folder / "lock"):
+        with locked(folder):
             if not library.exists():  # another process may have built it while this one waited
+                for left in folder.glob("build-*"):  # by a process that was killed: whoever builds holds the lock
+                    shutil.rmtree(left, ignore_errors=True)
                 _build(command, source, library)
     _check_private(library)
+    with contextlib.suppress(OSError):
+        library.touch()  # a kernel's time is its last use, for whoever looks through the cache
     return library
 
 
@@ -165,35 +166,16 @@ def _build(command: list[str], source: bytes, library: Path) -> None:
         made = Path(scratch) / "product.so"
         text = Path(scratch) / "product.cpp"
         text.write_bytes(source)
-        process = subprocess.Popen(  # noqa: S603  the compiler was looked up, the rest is ours
-            [*command, "-o", str(made), str(text)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            process_group=0,  # a compiler has children of its own, which end with it only if told together
-        )
-        _compilers.append(process)
         try:
-            _, errors = process.communicate(timeout=BUILD_TIMEOUT_S)
-        except subprocess.TimeoutExpired as exc:
-            stop_building()
-            process.communicate()
-            raise KernelUnavailableError(f"{command[0]} took longer than {BUILD_TIMEOUT_S:.0f} s") from exc
-        finally:
-            _compilers.remove(process)
-        if process.returncode != 0:
-            lines = errors.decode(errors="replace").strip().splitlines()
+            code, errors = run_build([*command, "-o", str(made), str(text)], timeout_s=BUILD_TIMEOUT_S)
+        except BuildTimeoutError as exc:
+            raise KernelUnavailableError(str(exc)) from exc
+        if code != 0:
+            lines = errors.strip().splitlines()
             said = next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
-            raise KernelUnavailableError(f"{command[0]} failed with exit code {process.returncode}: {said[:300]}")
+            raise KernelUnavailableError(f"{command[0]} failed with exit code {code}: {said[:300]}")
         made.chmod(0o700)
         made.replace(library)
-
-
-def stop_building() -> None:
-    """End the compilers that this process started, whichever thread waits for them: the process is about to end."""
-    for process in _compilers.copy():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _check_private(path: Path) -> None:
@@ -210,21 +192,3 @@ def _compiler_version(compiler: str) -> bytes:
         ).stdout
     except subprocess.TimeoutExpired as exc:
         raise KernelUnavailableError(f"{compiler} does not answer") from exc
-
-
-def _cpu_features() -> bytes:
-    """What tells apart CPUs for which the compiler makes different code; folders may be shared by machines."""
-    wanted = (b"model name", b"flags", b"Features", b"CPU part", b"CPU implementer")
-    try:
-        first, _, _ = Path("/proc/cpuinfo").read_bytes().partition(b"\n\n")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".encode()
-    return b"\n".join(line for line in first.splitlines() if line.startswith(wanted))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file; the system drops the lock of a process that dies."""
-    with path.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

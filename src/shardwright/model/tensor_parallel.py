@@ -6,20 +6,13 @@ a group is joined: it takes a second, logs to standard output and belongs to an 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib
 import importlib.util
-import io
 import os
-import platform
 import re
 import socket
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +20,12 @@ import torch
 from torch import nn
 
 from shardwright.errors import ConfigError
+from shardwright.model.deepspeed_kernel import import_deepspeed, load_kernel, quiet_deepspeed
 from shardwright.model.families import FamilyPlan
 from shardwright.model.rank_plan import RankPlan, apply_shapes, hook_joint_norm, patch_head_counts
 from shardwright.model.skeleton import StageEnd
 from shardwright.types import LayerRange
 
-_KERNEL = "deepspeed_shm_comm"
 _ADDRESS = "127.0.0.1"
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
 """No limit of its own: whoever started the ranks watches them, and an idle worker may wait for its next step."""
@@ -98,7 +91,8 @@ class RankGroup:
 def join_group(*, rank: int, num_ranks: int, device: torch.device, meeting: Path, kernels: Path | None) -> RankGroup:
     """Meet the other ranks at `meeting`, a file in a folder that only they can write to. Blocks until all are there.
 
-    `kernels` is where DeepSpeed's shared-memory all-reduce was compiled (`build_kernel`); None: the process group sums.
+    `kernels` is where DeepSpeed's shared-memory all-reduce was compiled (`deepspeed_kernel.build_kernel`); None: the
+    process group sums.
     """
     os.environ.update(  # DeepSpeed and its kernel read these, and nothing else
         RANK=str(rank),
@@ -114,17 +108,15 @@ def join_group(*, rank: int, num_ranks: int, device: torch.device, meeting: Path
     else:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    _import_deepspeed(kernel=kernels is not None)
-    with _quiet_deepspeed():
+    import_deepspeed(kernel=kernels is not None)
+    with quiet_deepspeed():
         comm: Any = importlib.import_module("deepspeed.comm")
         store = torch.distributed.FileStore(str(meeting), num_ranks)  # type: ignore[attr-defined]
         torch.distributed.init_process_group(
             backend, store=store, rank=rank, world_size=num_ranks, timeout=_COLLECTIVE_TIMEOUT
         )
-        lock = _kernel_lock(kernels) if kernels is not None else contextlib.nullcontext()
-        with lock:
-            if kernels is not None:
-                _kernel_builder().load()
+        if kernels is not None:
+            load_kernel(kernels)
         comm.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if kernels is not None:
         torch.distributed.barrier()  # each has opened the others' memory, which then needs no name
@@ -135,77 +127,10 @@ def join_group(*, rank: int, num_ranks: int, device: torch.device, meeting: Path
     )
 
 
-def build_kernel(folder: Path) -> Path:
-    """Compile DeepSpeed's shared-memory all-reduce into `folder`, if it is not there; gives where it lies.
-
-    The first time takes a minute. Raises `ConfigError` with what is missing where it can't be compiled.
-    """
-    if sys.platform != "linux":
-        raise ConfigError("it is for Linux")
-    _import_deepspeed(kernel=True)
-    builder = _kernel_builder()
-    kernels = folder / f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}-{_processor()}"
-    try:
-        kernels.mkdir(parents=True, exist_ok=True)
-        with _quiet_deepspeed(), _kernel_lock(kernels):
-            builder.load()
-    except Exception as exc:  # whatever a compiler and its helpers may raise
-        words = str(exc).strip().splitlines()
-        raise ConfigError(words[0] if words else type(exc).__name__) from exc
-    return kernels
-
-
-def _kernel_builder() -> Any:
-    accelerator: Any = importlib.import_module("deepspeed.accelerator")
-    return accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
-
-
-@contextlib.contextmanager
-def _kernel_lock(kernels: Path) -> Iterator[None]:
-    """Let one process at a time compile or load in this folder.
-
-    torch has a lock file of its own, for which others wait for ever when a compiling process was killed.
-    """
-    fcntl: Any = importlib.import_module("fcntl")  # Windows has none
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
-    with (kernels / "one-at-a-time").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (kernels / _KERNEL / "lock").unlink(missing_ok=True)
-        yield
-
-
-def _processor() -> str:
-    """A name for the processor's abilities: the kernel is compiled for them."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                return hashlib.sha256(line.encode()).hexdigest()[:12]
-    return platform.machine()
-
-
 def _loopback() -> str:
     """The name of the interface that leads nowhere but to this machine."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), names[0])
-
-
-@contextlib.contextmanager
-def _quiet_deepspeed() -> Iterator[None]:
-    """Keep DeepSpeed's prints and log lines, which go to standard output, away from it."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _import_deepspeed(*, kernel: bool) -> Any:
-    """DeepSpeed, told whether it has its shared-memory all-reduce.
-
-    Otherwise it finds out, for this and all its other kernels, by trying compiler and linker, which complain.
-    """
-    with _quiet_deepspeed():
-        deepspeed: Any = importlib.import_module("deepspeed")
-    deepspeed.ops.__compatible_ops__ = {_KERNEL: kernel}
-    return deepspeed
 
 
 # --- cutting -------------------------------------------------------------------------------------------------
@@ -263,7 +188,7 @@ def _auto_tp(model: nn.Module, ranks: RankPlan, group: RankGroup) -> Any:
         )
         for path in sorted(ranks.columns | ranks.rows)
     ]
-    with _quiet_deepspeed():
+    with quiet_deepspeed():
         auto_tp = rules.AutoTP(
             module=model,
             all_reduce_linears=(),

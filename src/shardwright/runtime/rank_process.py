@@ -19,6 +19,7 @@ import psutil
 
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
+from shardwright.runtime.stage_build import stage_builder
 
 if TYPE_CHECKING:
     import torch
@@ -145,9 +146,7 @@ class Rank:
         }
 
     def _build(self, message: Message) -> dict[str, Any]:
-        from shardwright.model.stage import build_stage
         from shardwright.runtime.weight_receiver import ReceivedTensors
-        from shardwright.types import LayerRange
 
         fields = message.fields
         key = int(fields["key"])
@@ -156,15 +155,8 @@ class Rank:
             if key in self._cancelled:
                 raise _BuildStopped
 
-        stage = build_stage(
-            config_json=fields["config_json"],
-            layers=LayerRange(*fields["layers"]),
-            is_first=fields["is_first"],
-            is_last=fields["is_last"],
-            dtype=fields["dtype"],
+        stage = stage_builder(fields["stage"])(
             device=self._device_name,
-            num_blocks=fields["num_blocks"],
-            block_size=fields["block_size"],
             raw=ReceivedTensors.from_fields(fields["tensors"]),
             progress=progress,
             group=self._group,

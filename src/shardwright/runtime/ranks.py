@@ -25,6 +25,7 @@ import psutil
 
 from shardwright.errors import ClusterError, ConfigError, UnsupportedModelError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
+from shardwright.runtime.stage_build import stage_builder, stage_fields
 from shardwright.types import RankLoad, StepInput
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Ranks:
             each.beat_s = time.monotonic()
 
     def _find_kernel(self, kernels: Path, all_reduce: str) -> Path | None:
-        from shardwright.model.tensor_parallel import build_kernel
+        from shardwright.model.deepspeed_kernel import build_kernel
         from shardwright.runtime.measure import usable_cores
 
         if all_reduce == "gloo" or (all_reduce == "auto" and self.threads * self.num_ranks > usable_cores()):
@@ -339,33 +340,13 @@ class Ranks:
 
         Raises what `build_stage` does, on whichever rank it happened.
         """
-        from shardwright.model.stage import build_stage
-
         key = self._next_key
         self._next_key += 1
-        assignment = load.assignment
-        fields = {
-            "key": key,
-            "config_json": load.model_config,
-            "layers": [assignment.layers.start, assignment.layers.end],
-            "is_first": assignment.is_first,
-            "is_last": assignment.is_last,
-            "dtype": load.dtype,
-            "num_blocks": assignment.num_blocks,
-            "block_size": assignment.block_size,
-            "tensors": tensors,
-        }
-        self._tell(Kind.BUILD, fields)
+        fields = stage_fields(load)
+        self._tell(Kind.BUILD, {"key": key, "stage": fields, "tensors": tensors})
         try:
-            stage = build_stage(
-                config_json=load.model_config,
-                layers=assignment.layers,
-                is_first=assignment.is_first,
-                is_last=assignment.is_last,
-                dtype=load.dtype,
+            stage = stage_builder(fields)(
                 device=self.devices[0],
-                num_blocks=assignment.num_blocks,
-                block_size=assignment.block_size,
                 raw=raw,
                 vocabulary=vocabulary,
                 progress=progress,

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
@@ -43,32 +41,29 @@ from shardwright.core.events import (
 )
 from shardwright.core.worker import StagePhase, WorkerState
 from shardwright.errors import (
-    ConfigError,
     LinkLostError,
     ProtocolError,
     ShardwrightError,
     StaleEpochError,
 )
-from shardwright.runtime.links import PING_INTERVAL_S, measure_link, round_trip
+from shardwright.runtime.held_stage import LINK_WINDOW, ComputedStep, HeldStage, NextLink
+from shardwright.runtime.links import measure_link
 from shardwright.runtime.measure import wait_for
+from shardwright.runtime.stage_load import StageBuilder
 from shardwright.runtime.step_recorder import ErrorCounter, StepRecorder, Transit
 from shardwright.runtime.telemetry import StepClock
 from shardwright.runtime.tensors import frame_from_tensor, tensor_from_frame
 from shardwright.transport.trace_context import incoming_trace_parent
 from shardwright.types import (
-    VOCABULARY_TENSOR,
     Epoch,
     HeartbeatReport,
     LayerRange,
     LinkMeasures,
-    LinkReport,
     MachineMeasures,
-    PromptScores,
     StageLoad,
     StepId,
     StepTiming,
     StepTrace,
-    TokenOut,
     WorkerDescription,
     WorkerId,
 )
@@ -77,7 +72,6 @@ from shardwright.wire.messages import (
     LoadBegin,
     LoadDone,
     LoadMessage,
-    LoadProgress,
     LoadRefused,
     LoadReply,
     StepAck,
@@ -89,32 +83,18 @@ from shardwright.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from shardwright.model.offload import OffloadPlan
-    from shardwright.model.stage import Stage
     from shardwright.runtime.measure import Speed
     from shardwright.runtime.offload_tier import OffloadTier
-    from shardwright.runtime.ranks import RankedStage, Ranks
+    from shardwright.runtime.ranks import Ranks
     from shardwright.runtime.weight_receiver import ReceivedTensors
-    from shardwright.transport.base import Transport, WorkerClient
+    from shardwright.transport.base import Transport
 
 log = logging.getLogger(__name__)
-
-LINK_WINDOW = 32
-"""Most steps sent to the next stage without an acknowledgement; the master keeps fewer in flight."""
 
 ACK_INTERVAL = LINK_WINDOW // 4
 """Steps for which one acknowledgement goes back: each would wake a process whose cores the next stage now uses."""
 
-NUM_ROUND_TRIPS = 5
-"""Last pings of a link; the fastest is told."""
-
-PROGRESS_INTERVAL_S = 0.1
-
 StepKey = tuple[Epoch, StepId]
-
-
-class _BuildStopped(Exception):  # noqa: N818  not an error: nobody wants the stage any more
-    """Ends the building of a stage between two tensors."""
 
 
 class WeightReceiver(Protocol):
@@ -172,118 +152,6 @@ class _ArrivedStep:
     arrived_s: float
 
 
-@dataclass(slots=True)
-class _ComputedStep:
-    """What a step's computation left behind, waiting to be sent on."""
-
-    message: StepMessage  # for the next stage: the step as it came, with this stage's tensors
-    transit: Transit
-    tokens: tuple[TokenOut, ...]
-    prompt_scores: tuple[PromptScores, ...]
-
-
-@dataclass(slots=True)
-class _HeldStage:
-    """One epoch's stage with everything that lives as long as it does."""
-
-    load: StageLoad
-    done: LoadDone  # what its master was told
-    stage: Stage | RankedStage
-    clock: StepClock
-    loaded_at: float
-    trace_parent: str = ""  # of the trace of the pipeline; empty without one
-    results: asyncio.Queue[tuple[StepResult, Transit] | None] = field(default_factory=asyncio.Queue)
-    next_link: _NextLink | None = None
-
-    def link_report(self) -> LinkReport | None:
-        """The link to the next stage as it is now; None on the last stage."""
-        link, peer = self.next_link, self.load.assignment.next_worker_id
-        if peer is None:
-            return None
-        if link is None:  # no step has gone there yet, or none will any more
-            return LinkReport(peer=peer, bytes_sent=0, steps_sent=0, round_trip_s=None)
-        return LinkReport(
-            peer=peer, bytes_sent=link.bytes_sent, steps_sent=link.steps_sent, round_trip_s=link.round_trip_s
-        )
-
-
-class _NextLink:
-    """The step link to the next stage: sends what is queued while credits last, passes replies on, and is timed."""
-
-    def __init__(
-        self,
-        client: WorkerClient,
-        *,
-        on_sent: Callable[[Transit], None],
-        on_reply: Callable[[StepReply], None],
-        on_lost: Callable[[ShardwrightError], None],
-    ) -> None:
-        self.bytes_sent = 0
-        self.steps_sent = 0
-        self._client = client
-        self._on_sent = on_sent
-        self._on_reply = on_reply
-        self._on_lost = on_lost
-        self._queue: asyncio.Queue[_ComputedStep | None] = asyncio.Queue()
-        self._credits = asyncio.Semaphore(LINK_WINDOW)
-        self._acknowledged: StepId = 0
-        self._closing = False
-        self._trips_s: deque[float] = deque(maxlen=NUM_ROUND_TRIPS)
-        self._task = asyncio.create_task(self._run(), name=f"link to {client.address}")
-        self._pings = asyncio.create_task(self._ping(), name=f"pings to {client.address}")
-
-    @property
-    def round_trip_s(self) -> float | None:
-        """Of a small message: the fastest of the last few, which waited for nothing but the link."""
-        return min(tuple(self._trips_s), default=None)
-
-    def send(self, computed: _ComputedStep) -> None:
-        """Queue a step; the master bounds how many there can be."""
-        self._queue.put_nowait(computed)
-
-    async def _outgoing(self) -> AsyncIterator[StepMessage]:
-        while (computed := await self._queue.get()) is not None:
-            await self._credits.acquire()
-            self.steps_sent += 1
-            self.bytes_sent += computed.transit.bytes_out
-            self._on_sent(computed.transit)
-            yield computed.message
-
-    async def _run(self) -> None:
-        try:
-            async for reply in self._client.process_layers(self._outgoing()):
-                if isinstance(reply, StepAck):
-                    self._take_credits(reply.step)
-                self._on_reply(reply)
-            lost: ShardwrightError = LinkLostError(f"{self._client.address} closed the step link")
-        except ShardwrightError as exc:
-            lost = exc
-        self._pings.cancel()
-        if not self._closing:
-            self._on_lost(lost)
-
-    async def _ping(self) -> None:
-        """Time a few bytes now and then; they travel beside the steps, and a ping that fails is just not counted."""
-        while True:
-            await asyncio.sleep(PING_INTERVAL_S)
-            with contextlib.suppress(ShardwrightError):
-                self._trips_s.append(await round_trip(self._client))
-
-    def _take_credits(self, step: StepId) -> None:
-        """Steps are numbered from 1 without a gap: one credit for each since the last acknowledgement."""
-        for _ in range(self._acknowledged, step):
-            self._credits.release()
-        self._acknowledged = max(self._acknowledged, step)
-
-    async def close(self) -> None:
-        """End the stream and the connection; what is still queued is void."""
-        self._closing = True
-        self._task.cancel()
-        self._pings.cancel()
-        await asyncio.wait((self._task, self._pings))
-        await self._client.close()
-
-
 class WorkerShell:
     """Implements `transport.base.WorkerService` over a `WorkerState` and a `Stage`."""
 
@@ -303,22 +171,20 @@ class WorkerShell:
     ) -> None:
         """With `ranks`, all of them compute each stage; `device` and `num_threads` are rank 0's."""
         self._device = device
-        self._kernel_dir = kernel_dir
         self._ranks = ranks
         self._num_threads = num_threads
         self._threads_set = 0
         self._probe = probe
         self._receiver = receiver
         self._transport = transport
-        self._offload = offload
         self._offload_before = (0, 0.0)  # bytes read and seconds waited of the stages that were dropped
         self._now = clock
         self._state = WorkerState()
-        self._held: _HeldStage | None = None
+        self._held: HeldStage | None = None
         self._recorder = StepRecorder()
         self._errors = ErrorCounter()
         self._inbox: dict[StepKey, _ArrivedStep] = {}
-        self._outbox: dict[StepKey, _ComputedStep] = {}
+        self._outbox: dict[StepKey, ComputedStep] = {}
         self._senders: dict[Epoch, asyncio.Queue[StepReply | None]] = {}  # the link of the epoch's steps
         self._load_starts: dict[Epoch, asyncio.Event] = {}
         self._is_duplicate = False  # the step that arrives now is still in the inbox from its first arrival
@@ -327,7 +193,15 @@ class WorkerShell:
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
         self._compute = compute
-        self._stop_build = threading.Event()  # of the load that goes on now, if one does
+        self._builder = StageBuilder(
+            device=device,
+            kernel_dir=kernel_dir,
+            offload=offload,
+            ranks=ranks,
+            compute=compute,
+            prepare=lambda: self._set_threads(num_threads),
+            clock=clock,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._measuring = asyncio.Lock()
         self.metrics_port = 0  # where this worker answers Prometheus; set by who put it together; 0: nowhere
@@ -366,7 +240,7 @@ class WorkerShell:
         """
         return self._report(self._held, ())
 
-    def _report(self, held: _HeldStage | None, timings: tuple[StepTiming, ...]) -> HeartbeatReport:
+    def _report(self, held: HeldStage | None, timings: tuple[StepTiming, ...]) -> HeartbeatReport:
         """Runs on any thread."""
         report = self._probe.report(
             epoch=held.load.assignment.epoch if held else 0,
@@ -390,7 +264,7 @@ class WorkerShell:
             loaded_bytes=self._receiver.loaded_bytes,
         )
 
-    def _offload_counts(self, held: _HeldStage | None) -> tuple[int, float]:
+    def _offload_counts(self, held: HeldStage | None) -> tuple[int, float]:
         """Bytes of offloaded weights read and seconds waited for them, since the process began."""
         read_bytes, wait_s = self._offload_before
         if held is None:
@@ -506,7 +380,7 @@ class WorkerShell:
     async def close(self) -> None:
         """End links, compute and stage. The listener is closed before."""
         self._closed = True
-        self._stop_build.set()
+        self._builder.stop()
         held, self._held = self._held, None
         if held is not None:
             await self._drop(held)
@@ -582,11 +456,11 @@ class WorkerShell:
             if not await self._begin_load(load, replies):
                 return
             raw = await self._receiver.receive(load, incoming, replies.put)
-            stage = await self._build(load, raw, replies)
+            stage = await self._builder.build(load, raw, replies.put_nowait)
             self._lost_next = None
             self._recorder.begin_stage()
             done = LoadDone(weight_bytes=stage.weight_bytes, kv_bytes=stage.kv_bytes, load_s=self._now() - began)
-            self._held = _HeldStage(
+            self._held = HeldStage(
                 load=load,
                 done=done,
                 stage=stage,
@@ -636,72 +510,6 @@ class WorkerShell:
             self._load_starts.pop(epoch, None)
         return True
 
-    async def _build(
-        self, load: StageLoad, raw: ReceivedTensors, replies: asyncio.Queue[LoadReply | None]
-    ) -> Stage | RankedStage:
-        loop = asyncio.get_running_loop()
-        weights = raw.without(VOCABULARY_TENSOR)
-        total = sum(spec.num_bytes for spec in weights.specs.values())
-
-        told_at = -PROGRESS_INTERVAL_S
-        self._stop_build = stop = threading.Event()
-
-        def progress(done: int) -> None:
-            nonlocal told_at
-            if stop.is_set():
-                raise _BuildStopped
-            now = self._now()
-            if now - told_at < PROGRESS_INTERVAL_S and done < total:
-                return
-            told_at = now
-            message = LoadProgress(phase="build", done_bytes=min(done, total), total_bytes=total)
-            loop.call_soon_threadsafe(replies.put_nowait, message)
-
-        def build() -> Stage | RankedStage:
-            from shardwright.model.stage import build_stage  # here: it takes seconds, and heartbeats are answered
-
-            self._set_threads(self._num_threads)
-            vocabulary = bytes(raw.read(VOCABULARY_TENSOR)) if VOCABULARY_TENSOR in raw.specs else None
-            if self._ranks is not None:
-                return self._ranks.build(
-                    load, tensors=weights.as_fields(), raw=weights, vocabulary=vocabulary, progress=progress
-                )
-            return build_stage(
-                config_json=load.model_config,
-                layers=load.assignment.layers,
-                is_first=load.assignment.is_first,
-                is_last=load.assignment.is_last,
-                dtype=load.dtype,
-                device=self._device,
-                num_blocks=load.assignment.num_blocks,
-                block_size=load.assignment.block_size,
-                raw=weights,
-                vocabulary=vocabulary,
-                progress=progress,
-                offload=self._offload_plan(load),
-                kernel_dir=self._kernel_dir,
-            )
-
-        try:
-            return await loop.run_in_executor(self._compute, build)
-        except asyncio.CancelledError:
-            stop.set()  # or two stages would be in memory once the next is built
-            raise
-
-    def _offload_plan(self, load: StageLoad) -> OffloadPlan | None:
-        """Which layers the stage keeps beside the memory. Raises `ConfigError` where this worker may not do that."""
-        from shardwright.model.offload import OffloadPlan
-
-        layers = load.assignment.offloaded_layers
-        if not layers:
-            return None
-        if self._offload is None:
-            raise ConfigError(
-                f"{len(layers)} layers are to be offloaded, but this worker was started without --offload; start it "
-                "with --offload nvme"
-            )
-        return OffloadPlan(layers=layers, tier=self._offload.name, folder=self._offload.folder)
-
     def _unload(self, epoch: Epoch) -> None:
         held = self._held
         if held is None or held.load.assignment.epoch != epoch:
@@ -710,7 +518,7 @@ class WorkerShell:
         self._held = None
         self._spawn(self._drop(held))
 
-    async def _drop(self, held: _HeldStage) -> None:
+    async def _drop(self, held: HeldStage) -> None:
         held.results.put_nowait(None)
         freed = asyncio.get_running_loop().run_in_executor(self._compute, held.stage.close)
         if held.next_link is not None:
@@ -748,7 +556,7 @@ class WorkerShell:
         assert held is not None, "a step is computed only while a stage is held"
         loop = asyncio.get_running_loop()
 
-        def tell(future: Future[_ComputedStep]) -> None:
+        def tell(future: Future[ComputedStep]) -> None:
             """Called on the compute thread, or by `close` for a step that it never came to."""
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody wants the step any more
                 loop.call_soon_threadsafe(self._on_computed, key, future)
@@ -756,7 +564,7 @@ class WorkerShell:
         # Straight to the thread and straight back: a task in between would cost a turn of the loop at each end.
         self._compute.submit(self._forward, held, step).add_done_callback(tell)
 
-    def _on_computed(self, key: StepKey, future: Future[_ComputedStep]) -> None:
+    def _on_computed(self, key: StepKey, future: Future[ComputedStep]) -> None:
         if self._closed:
             return
         exc = future.exception()  # the top of the step: whatever went wrong becomes an event
@@ -769,7 +577,7 @@ class WorkerShell:
         self._handle(StepComputed(epoch=key[0], step=key[1]))
         self._forget(key)
 
-    def _forward(self, held: _HeldStage, step: _ArrivedStep) -> _ComputedStep:
+    def _forward(self, held: HeldStage, step: _ArrivedStep) -> ComputedStep:
         """Runs on the compute thread."""
         started_s = self._now()
         message = step.message
@@ -791,7 +599,7 @@ class WorkerShell:
             seconds=finished_s - started_s,
             concurrency=concurrency,
         )
-        return _ComputedStep(
+        return ComputedStep(
             message=replace(message, tensors=frames),
             transit=Transit(
                 epoch=message.step.epoch,
@@ -828,7 +636,7 @@ class WorkerShell:
         if held.next_link is None:
             client = self._transport.connect(held.load.next_address)
             client.trace_parent = held.trace_parent
-            held.next_link = _NextLink(
+            held.next_link = NextLink(
                 client,
                 on_sent=lambda transit: self._recorder.record(transit, self._now()),
                 on_reply=self._on_next_reply,

@@ -11,11 +11,11 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwright.config import WorkerConfig
 from shardwright.errors import ClusterError, ConfigError
+from shardwright.runtime.kernel_cache import KernelCache
 from shardwright.runtime.measure import resolve_device
 from shardwright.runtime.probe import Machine
 from shardwright.runtime.tensor_cache import TensorCache
@@ -63,19 +63,19 @@ async def open_worker(
     # All that computes, computes on one thread. OpenMP keeps a team for each thread that ever did, and once they have
     # more threads than there are cores it no longer waits actively: small products would take twice as long.
     compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-    kernel_dir = _kernel_dir(config)
+    kernels = KernelCache(config.cache_dir)
     ranks = _start_ranks(config, on_lost, say)
 
     def open_machine() -> Machine:
         if ranks is not None:
-            ranks.join(kernels=kernel_dir / "deepspeed", all_reduce=config.all_reduce, kernel_dir=kernel_dir)
+            ranks.join(kernels=kernels.deepspeed_folder, all_reduce=config.all_reduce, kernel_dir=kernels.folder)
         return Machine(
             device=config.device,
             threads=config.threads if ranks is None else ranks.threads,
             memory_bytes=config.memory_bytes,
             cache_dir=config.cache_dir,
             offload=config.offload,
-            kernel_dir=kernel_dir,
+            kernel_dir=kernels.folder,
             ranks=ranks,
         )
 
@@ -96,7 +96,7 @@ async def open_worker(
         receiver=receiver,
         transport=transport,
         offload=machine.offload,
-        kernel_dir=kernel_dir,
+        kernel_dir=kernels.folder,
         ranks=ranks,
     )
     async with contextlib.AsyncExitStack() as stack:
@@ -112,10 +112,6 @@ async def open_worker(
         yield OpenWorker(address=listener.address, metrics_port=shell.metrics_port)
 
 
-def _kernel_dir(config: WorkerConfig) -> Path:
-    return config.cache_dir / "kernels"
-
-
 def _build_kernel(config: WorkerConfig) -> None:
     """Compile the kernel of linear layers on a CPU where that was never done: the machine is measured with it.
 
@@ -124,12 +120,12 @@ def _build_kernel(config: WorkerConfig) -> None:
     if resolve_device(config.device).type == "cpu":
         from shardwright.model.product import find_product
 
-        find_product(_kernel_dir(config))
+        find_product(KernelCache(config.cache_dir).folder)
 
 
 def _stop_building() -> None:
-    """The worker ends while its kernel is compiled: the compiler ends with it."""
-    from shardwright.model.product import stop_building
+    """The worker may end while a kernel is compiled: the compiler ends with it."""
+    from shardwright.model.kernel_build import stop_building
 
     stop_building()
 
@@ -183,14 +179,14 @@ async def run_worker(
     transport = GrpcTransport(max_frame_bytes=config.max_frame_bytes)
     try:
         await asyncio.to_thread(_build_kernel, config)
+        async with open_worker(config, transport, join_address(config.host, config.port), say=say) as worker:
+            announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
+            # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
+            threading.Thread(target=_import_model_code, name="import", daemon=True).start()
+            await asyncio.Event().wait()
     except asyncio.CancelledError:
         _stop_building()
         raise
-    async with open_worker(config, transport, join_address(config.host, config.port), say=say) as worker:
-        announce(worker.address, join_address(config.host, worker.metrics_port) if worker.metrics_port else "")
-        # The master looks at its model meanwhile; a stage can then be built without waiting for imports.
-        threading.Thread(target=_import_model_code, name="import", daemon=True).start()
-        await asyncio.Event().wait()
 
 
 def _import_model_code() -> None:

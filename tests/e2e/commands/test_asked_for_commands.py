@@ -175,8 +175,11 @@ def _json_of(run):
     return run.out
 
 
-async def test_weights_that_came_over_the_wire_are_listed_and_cleared(processes, tiny, tmp_path):
-    """Every tensor is there once under its hash, and gone after `cache clear`."""
+async def test_weights_and_kernels_of_a_worker_are_listed_and_cleared(processes, tiny, tmp_path):
+    """Every tensor that came over the wire is there once under its hash, and gone after `cache clear`.
+
+    So is the kernel that the worker compiled, where it found a compiler.
+    """
     cache = tmp_path / "cache"
     [(worker, port)] = await asyncio.to_thread(processes.workers, 1, "--cache-dir", cache)
     load = whole_stage(tiny.folder, epoch=1, cache_dir=tmp_path / "master")
@@ -191,8 +194,13 @@ async def test_weights_that_came_over_the_wire_are_listed_and_cleared(processes,
         return _json_of(processes.run("cache", *argv, "--cache-dir", cache))
 
     listed = json.loads(await asyncio.to_thread(run, "ls", "--json"))
-    assert {each["sha256"]: each["num_bytes"] for each in listed} == content
-    assert not any(each["partial"] for each in listed)
+    tensors = [each for each in listed if each["kind"] == "tensor"]
+    kernels = [each for each in listed if each["kind"] == "kernel"]
+    assert {each["sha256"]: each["num_bytes"] for each in tensors} == content
+    assert not any(each["partial"] for each in tensors)
+    files = {path.name: path.stat().st_size for path in (cache / "kernels").glob("product-*.so")}
+    assert {each["name"]: each["num_bytes"] for each in kernels} == files
     cleared = await asyncio.to_thread(run, "clear")
-    assert cleared == f"{sum(content.values()) / 1024**2:.1f} MiB freed in {cache}\n"
+    freed = sum(content.values()) + sum(files.values())
+    assert cleared == f"{freed / 1024**2:.1f} MiB freed in {cache}\n"
     assert json.loads(await asyncio.to_thread(run, "ls", "--json")) == []

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import re
 import signal
 import time
 
@@ -88,6 +90,23 @@ def test_a_local_worker_killed_in_a_generation_is_named_and_the_others_end(long_
 
 
 @pytest.mark.slow
+def test_a_generation_goes_on_when_a_local_worker_is_killed(processes, tiny, tmp_path):
+    """The answer is the whole model's to its last token, although half of the pipeline was lost on the way."""
+    run = processes.run(
+        "generate", "--model", tiny.folder, "--cache-dir", tmp_path / "cache", "--local-workers", 2, "--threads", 1,
+        "--prompt-ids", IDS, "--max-new-tokens", 1500, "--ignore-eos", "--json",
+    )  # fmt: skip
+    run.wait_for("^ready: 2 stages")
+    time.sleep(0.3)
+    max(run.descendants(), key=lambda process: process.pid).send_signal(signal.SIGKILL)
+    expected = greedy_answer(tiny.model, PROMPT, 1500)
+    assert run.wait() == 0, run.err
+    assert len(re.findall(r"worker local-\d was lost: .*; the model is placed again", run.err)) == 1
+    assert json.loads(run.out)["token_ids"] == expected
+    assert run.descendants() == []
+
+
+@pytest.mark.slow
 def test_a_worker_killed_while_it_loads_is_named(processes, tiny, tmp_path, error_of):
     """The other worker of the registry lives on."""
     pairs = processes.workers(2, "--cache-dir", tmp_path / "worker-cache")
@@ -104,6 +123,23 @@ def test_a_worker_killed_while_it_loads_is_named(processes, tiny, tmp_path, erro
     assert "worker2" in error_of(run) or str(pairs[1][1]) in error_of(run)
     assert seconds < 3 * ENDS_WITHIN_S  # a lost connection is tried again first
     assert survivor.process.poll() is None
+
+
+def test_a_compiler_ends_with_the_worker_that_waits_for_it(processes, tmp_path):
+    """It would go on for seconds, on a machine that may be about to do something else."""
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\ntouch {tmp_path / "compiles"}\nsleep 600 & wait\n')
+    compiler.chmod(0o700)
+    path = f"{compiler.parent}:{os.environ['PATH']}"
+    run = processes.run("worker", "--host", "127.0.0.1", "--port", 0, "--cache-dir", tmp_path / "cache", PATH=path)
+    assert eventually((tmp_path / "compiles").exists, timeout_s=60)
+    assert len(run.descendants()) == 2, "the compiler and its own child"
+    run.send(signal.SIGTERM)
+    code, seconds = wait_until_it_ends(run)
+    assert code == 143
+    assert seconds < ENDS_WITHIN_S
+    assert eventually(lambda: run.descendants() == [])
 
 
 @pytest.mark.parametrize("moment", ["^looking at", "^loading the stages", "^ready: 2 stages"])

@@ -16,8 +16,31 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NUM_TOKENS = 350
 QUESTIONS = ("Why is the sky blue?", "Who was here first, and why?", "x")
 SAMPLED = {
-    "temperature": 0.8, "seed": 11, "frequency_penalty": 0.4, "n": 2, "logit_bias": {"70": 1.5}, "max_tokens": 120,
+    "temperature": 0.8, "seed": 11, "frequency_penalty": 0.4, "n": 2, "logit_bias": {"70": 1.5}, "max_tokens": 150,
+    "ignore_eos": True,
 }  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "pattern": "^[a-z]{200}$"}, "known": {"type": "boolean"}},
+    "required": ["word", "known"],
+    "additionalProperties": False,
+}
+IN_JSON = {
+    "temperature": 0.8, "seed": 5, "max_tokens": 400,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "word", "strict": True, "schema": SCHEMA}},
+}  # fmt: skip
+IN_LETTERS = {"temperature": 0.8, "seed": 7, "max_tokens": 300, "structured_outputs": {"regex": "[a-z]{300}"}}
+
+
+def text_of(answer):
+    """The first choice's tokens as text."""
+    choices, _ = answer
+    return b"".join(token for token, _ in choices[0]).decode()
+
+
+def late_stop(text):
+    """A stop string that comes up in this text after 150 characters at the earliest."""
+    return next(text[at : at + 3] for at in range(150, len(text)) if text.index(text[at : at + 3]) == at)
 
 
 class Cluster:
@@ -85,9 +108,23 @@ class Cluster:
         )
         return greedy_answer(self.tiny.model, prompt, NUM_TOKENS)
 
+    def prepare(self):
+        """Find out what the requests that `answers_while` sends are answered when nothing disturbs them."""
+        self.whole = [self.expected(question) for question in QUESTIONS]
+        stop = late_stop(text_of(self.chat(QUESTIONS[0], **IN_LETTERS)))
+        self.others = (SAMPLED, IN_JSON, {**IN_LETTERS, "stop": stop})
+        self.undisturbed = [self.chat(QUESTIONS[0], **fields) for fields in self.others]
+        _, in_json, stopped = self.undisturbed
+        assert set(json.loads(text_of(in_json))) == {"word", "known"}
+        assert [reasons for _, reasons in (in_json, stopped)] == [{0: "stop"}] * 2
+        assert 150 <= len(text_of(stopped)) < 300
+
     def answers_while(self, disturb):
-        """All questions at once and a sampled one; `disturb` is called when each of them has given tokens."""
-        barrier = threading.Barrier(len(QUESTIONS) + 2)
+        """All questions at once, and others that are sampled, follow a grammar or end at a stop string.
+
+        `disturb` is called when each of them has given tokens.
+        """
+        barrier = threading.Barrier(len(QUESTIONS) + len(self.others) + 1)
 
         def meeting():
             left = [20]
@@ -99,29 +136,31 @@ class Cluster:
 
             return on_token
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
+        with concurrent.futures.ThreadPoolExecutor(barrier.parties) as pool:
             greedy = [pool.submit(self.greedy, question, meeting()) for question in QUESTIONS]
-            sampled = pool.submit(self.chat, QUESTIONS[0], meeting(), **SAMPLED)
+            others = [pool.submit(self.chat, QUESTIONS[0], meeting(), **fields) for fields in self.others]
             barrier.wait(60)
+            num_choices = len(greedy) + sum(fields.get("n", 1) for fields in self.others)
+            assert self.state()["snapshot"]["num_running"] == num_choices, "somebody has all its tokens already"
             disturb()
-            return [each.result() for each in greedy], sampled.result()
+            return [each.result() for each in greedy], [each.result() for each in others]
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory, serve_in, tiny, byte_ids):
     with processes_in(tmp_path_factory.mktemp("three")) as processes:
         cluster = Cluster(processes, serve_in, tiny, byte_ids, 3, "--heartbeat-timeout", 3)
-        cluster.whole = [cluster.expected(question) for question in QUESTIONS]
-        cluster.undisturbed = cluster.chat(QUESTIONS[0], **SAMPLED)
+        cluster.prepare()
         yield cluster
 
 
-def same_sampled(one, other):
-    (choices, reasons), (others, other_reasons) = one, other
-    assert reasons == other_reasons
-    for index, tokens in choices.items():
-        assert [token for token, _ in tokens] == [token for token, _ in others[index]]
-        assert [score for _, score in tokens] == pytest.approx([score for _, score in others[index]], abs=1e-4)
+def check_same(answers, expected):
+    """Token by token, with their probabilities and the reasons of the ends."""
+    for (choices, reasons), (others, other_reasons) in zip(answers, expected, strict=True):
+        assert reasons == other_reasons
+        for index, tokens in choices.items():
+            assert [token for token, _ in tokens] == [token for token, _ in others[index]]
+            assert [score for _, score in tokens] == pytest.approx([score for _, score in others[index]], abs=1e-4)
 
 
 @pytest.mark.parametrize("place", [1, 0, -1], ids=["middle", "first", "last"])
@@ -129,9 +168,9 @@ def test_answers_go_on_when_a_worker_is_killed(three, place):
     """Of three stages the middle one, then the first and the last of the two that are left and a spare."""
     epoch = three.state()["snapshot"]["epoch"]
     victim = three.stages()[place]
-    answers, sampled = three.answers_while(lambda: three.workers[victim].send(signal.SIGKILL))
+    answers, others = three.answers_while(lambda: three.workers[victim].send(signal.SIGKILL))
     assert answers == three.whole
-    same_sampled(sampled, three.undisturbed)
+    check_same(others, three.undisturbed)
     after = three.state()
     assert after["snapshot"]["epoch"] > epoch
     assert victim not in three.stages()
@@ -149,9 +188,9 @@ def test_answers_go_on_when_a_worker_is_killed(three, place):
 
 def test_answers_go_on_when_a_worker_hangs_and_it_is_a_spare_when_it_goes_on(three):
     victim = three.stages()[-1]
-    answers, sampled = three.answers_while(lambda: three.workers[victim].send(signal.SIGSTOP))
+    answers, others = three.answers_while(lambda: three.workers[victim].send(signal.SIGSTOP))
     assert answers == three.whole
-    same_sampled(sampled, three.undisturbed)
+    check_same(others, three.undisturbed)
     assert three.status(victim) == "lost"
     three.workers[victim].send(signal.SIGCONT)
     assert eventually(lambda: three.status(victim) == "joining")
