@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nothing of threads")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nothing of threads"),
+]
 
 FAULTS = '''
-import ctypes, pathlib, threading, time
+import ctypes, os, pathlib, subprocess, sys, threading, time
+
+BURN = "import time\\nend = time.monotonic() + 5.0\\nwhile time.monotonic() < end: pass"
 
 def strike(folder, rank):
     """What the file of this rank asks for, if there is one, once."""
@@ -31,6 +36,15 @@ def strike(folder, rank):
     elif kind == "slow":
         end = time.process_time() + 3.0
         while time.process_time() < end:
+            pass
+    elif kind == "starved":  # of its core, which others take, until they end
+        core = {min(os.sched_getaffinity(0))}
+        for _ in range(3):
+            os.sched_setaffinity(subprocess.Popen([sys.executable, "-c", BURN]).pid, core)
+        os.sched_setaffinity(0, core)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
             pass
 '''
 RANK = """#!{python}
@@ -135,8 +149,8 @@ def test_a_rank_that_stands_still_in_a_step_is_lost_though_it_lives(strike, faul
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_slow_is_waited_for(strike, rank):
-    """Three seconds of computing in one layer of a step, in which the other rank stands still."""
-    code, line = strike("slow", rank=rank)
+@pytest.mark.parametrize(("fault", "rank"), [("slow", 0), ("slow", 1), ("starved", 1)])
+def test_a_rank_that_is_slow_is_waited_for(strike, fault, rank):
+    """For seconds in one layer of a step, in which the other rank stands still: it computes, or would if it could."""
+    code, line = strike(fault, rank=rank)
     assert (code, line) == (0, "answered")
