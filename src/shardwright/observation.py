@@ -16,6 +16,7 @@ from shardwright.types import (
     FinishReason,
     HeartbeatReport,
     PhaseTimes,
+    RankLoad,
     SeqId,
     StepId,
     WorkerId,
@@ -136,6 +137,8 @@ class WorkerView:
     master_round_trip_s: float | None  # of the fastest of the last heartbeats
     wire: Histogram | None  # of the way from the sender to it, in `PHASE_BUCKETS_S`; None before the first step
     metrics_target: str  # host:port for Prometheus; empty without
+    num_ranks: int = 1  # devices that compute each layer together
+    ranks: tuple[RankLoad, ...] = ()  # these devices, rank 0 first, as of `report`; empty with one device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

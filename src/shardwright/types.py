@@ -505,9 +505,9 @@ WEIGHT_SOURCES = ("disk", "cache", "network")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLoad:
-    """How one further device of a worker does, and the process that computes on it."""
+    """How one device of a worker with several does, and the process that computes on it."""
 
-    rank: int  # from 1 on: rank 0 is the worker's own process, and its load is the report's
+    rank: int  # 0: the worker's own process
     device: str
     device_name: str
     process_memory_bytes: int
@@ -553,7 +553,25 @@ class HeartbeatReport:
     offloaded_bytes: int = 0  # of weights that are not in memory but in the worker's offload tier
     offload_read_bytes: int = 0  # read back from there, since the process began
     offload_wait_s: float = 0.0  # that steps waited for it, since the process began
-    ranks: tuple[RankLoad, ...] = ()  # the worker's devices beside `device`
+    ranks: tuple[RankLoad, ...] = ()  # the worker's devices beside `device`, from rank 1 on
+
+    @property
+    def all_ranks(self) -> tuple[RankLoad, ...]:
+        """All devices that compute together, the report's own first, as rank 0; empty where it is the only one."""
+        if not self.ranks:
+            return ()
+        own = RankLoad(
+            rank=0,
+            device=self.device,
+            device_name=self.device_name,
+            process_memory_bytes=self.process_memory_bytes,
+            gpu_utilization=self.gpu_utilization,
+            gpu_memory_used_bytes=self.gpu_memory_used_bytes,
+            gpu_memory_total_bytes=self.gpu_memory_total_bytes,
+            gpu_temperature_c=self.gpu_temperature_c,
+            gpu_power_w=self.gpu_power_w,
+        )
+        return (own, *self.ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

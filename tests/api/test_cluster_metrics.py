@@ -21,7 +21,7 @@ COUNTED = {
     "recovering",
     "event_listeners", "kv_blocks", "kv_blocks_cached", "kv_blocks_used", "pipeline_epoch", "pipeline_stages", "ready",
     "sequences_running", "sequences_waiting", "sequences_waiting_limit", "stage_epoch", "stage_layers",
-    "stage_queue_depth", "steps_in_flight", "steps_in_flight_limit", "worker_up", "workers",
+    "stage_queue_depth", "steps_in_flight", "steps_in_flight_limit", "worker_ranks", "worker_up", "workers",
 }  # fmt: skip
 
 
@@ -135,6 +135,15 @@ def test_values_are_those_of_the_view(seen):
         ("memory_used_bytes", "rack-1"): 16_000 * MIB,
         ("memory_total_bytes", "rack-1"): 64_000 * MIB,
         ("process_memory_bytes", "rack-1"): 1_500 * MIB,
+        ("worker_ranks", "rack-1"): 1,
+        ("worker_ranks", "desk"): 2,
+        ("gpu_utilization_ratio", "cuda:1", "desk"): 0.6,
+        ("rank_process_memory_bytes", "cuda:0", "0", "desk"): 1_500 * MIB,
+        ("rank_process_memory_bytes", "cuda:1", "1", "desk"): 1_400 * MIB,
+        ("rank_gpu_utilization_ratio", "cuda:0", "0", "desk"): 0.64,
+        ("rank_gpu_utilization_ratio", "cuda:1", "1", "desk"): 0.6,
+        ("rank_gpu_memory_used_bytes", "cuda:1", "1", "desk"): 17_000 * MIB,
+        ("rank_gpu_memory_total_bytes", "cuda:1", "1", "desk"): 24_000 * MIB,
     }
     assert {name: found.get(name) for name in expected} == expected
     assert len([name for name in found if name[0] == "sequences_finished_total"]) == len(FinishReason)
@@ -156,8 +165,8 @@ def test_phases_are_histograms_whose_buckets_add_up(seen):
 
 def test_what_is_not_known_is_not_told(seen):
     found = samples(seen)
-    assert about(found, "late") == {"worker_up", "worker_info", "master_round_trip_seconds"}
-    assert not any(name.startswith("gpu_") for name in about(found, "rack-1"))
+    assert about(found, "late") == {"worker_up", "worker_info", "worker_ranks", "master_round_trip_seconds"}
+    assert not any(name.startswith(("gpu_", "rank_")) for name in about(found, "rack-1"))
     assert not any(name.startswith("link_") for name, *labels in found if labels[-1:] == ["desk"])
     seen.change_worker("rack-1", busy_ratio=None, master_round_trip_s=None, wire=None)
     found = samples(seen)

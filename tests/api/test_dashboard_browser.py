@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import axe_script, chromium, until, violations, visit
+from fake_observatory import example_worker
 from fake_text_engine import FakeTextEngine
 from moving_observatory import MovingObservatory
 from page_server import server_in_thread
@@ -70,6 +71,41 @@ def test_a_lost_worker_is_seen_with_its_reason_as_text(shown):
     expect(entry).to_have_count(1)
     expect(entry.locator("time")).to_have_text(re.compile(r"^\d\d:\d\d:\d\d$"))
     assert page.evaluate("window.ran") is None
+
+
+def test_the_ranks_of_a_worker_are_counted_and_told_one_by_one(shown):
+    observatory = MovingObservatory()
+    desk = next(worker for worker in observatory.cluster.workers if worker.worker_id == "desk")
+    first, second = example_worker("desk", 1).ranks
+    observatory.change_worker("desk", num_ranks=2, ranks=(first, replace(second, device_name=MARKUP)))
+    server, page = shown(FakeTextEngine(observatory=observatory), **PHONE)
+    card = page.get_by_role("article", name="Worker desk")
+    expect(card.locator(".num-ranks")).to_have_text("\u00d7 2 ranks")
+    expect(page.get_by_role("article", name="Worker rack-1").locator(".num-ranks")).to_be_hidden()
+    expect(page.get_by_role("article", name="Worker rack-1").get_by_text("Ranks")).to_be_hidden()
+    card.get_by_text("Ranks: what each device does").click()
+    lines = card.get_by_role("listitem").filter(has_text="Rank")
+    expect(lines).to_have_count(2)
+    expect(lines.nth(0)).to_contain_text("Rank 0 on cuda:0 \u00b7 NVIDIA L4: GPU 64")
+    expect(lines.nth(1)).to_contain_text(f"Rank 1 on cuda:1 \u00b7 {MARKUP}: GPU 60")
+    expect(lines.nth(1)).to_contain_text("process 1.37")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    server.call(lambda: observatory.change_worker("desk", num_ranks=1, ranks=desk.ranks[:0]))
+    expect(card.locator(".num-ranks")).to_be_hidden()
+    assert page.evaluate("window.ran") is None
+
+
+def test_a_recovery_is_told_with_its_cause(shown):
+    observatory = MovingObservatory()
+    server, page = shown(FakeTextEngine(observatory=observatory))
+    expect(page.locator("#failure")).to_be_hidden()
+    cause = f"worker desk was lost: {MARKUP}"
+    snapshot = replace(observatory.view().snapshot, recovering_from=cause)
+    server.call(lambda: observatory.change_view(is_ready=False, snapshot=snapshot))
+    expect(page.locator("#failure")).to_have_text(
+        re.compile(f"Recovering: {re.escape(cause)}; requests that wait: \\d+$")
+    )
+    expect(page.locator("#ready")).to_have_text("recovering")
 
 
 def test_a_new_epoch_and_a_worker_outside_the_pipeline_are_seen(shown):

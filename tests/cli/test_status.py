@@ -1,6 +1,7 @@
 """`status` for people and for scripts: what it prints and the code that it ends with."""
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -25,7 +26,7 @@ def test_a_ready_server_is_summed_up(run_cli, server):
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0].startswith("fake/characters-1  ready  epoch 3")
-    assert [line.split()[0] for line in lines[1:4]] == ["worker", "rack-1", "desk"]
+    assert [line.split()[0] for line in lines[1:6]] == ["worker", "rack-1", "desk", "rank", "rank"]
     assert "tokens/s 110.0" in outcome.out
     assert lines[-1] == "errors so far: LinkLostError 1"
 
@@ -33,7 +34,23 @@ def test_a_ready_server_is_summed_up(run_cli, server):
 def test_json_is_the_state_as_the_server_tells_it(run_cli, server):
     outcome = run_cli("status", "--json", "--url", server.url)
     assert (outcome.code, outcome.err) == (0, "")
-    assert json.loads(outcome.out) == httpx.get(f"{server.url}/api/state").json()
+    state = json.loads(outcome.out)
+    assert state == httpx.get(f"{server.url}/api/state").json()
+    assert [worker["num_ranks"] for worker in state["workers"]] == [1, 2]
+    assert [[load["device"] for load in worker["ranks"]] for worker in state["workers"]] == [[], ["cuda:0", "cuda:1"]]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_recovery_is_told_and_is_why_the_server_is_not_ready(run_cli, server, seen, options):
+    cause = "worker desk was lost: no heartbeat for 1.0 s"
+    seen.change_view(is_ready=False, snapshot=replace(seen.cluster.snapshot, recovering_from=cause))
+    outcome = run_cli("status", "--url", server.url, *options)
+    assert outcome.code == 3
+    assert outcome.err == f"error: {server.url} is not ready: recovering: {cause}\n"
+    if options:
+        assert json.loads(outcome.out)["snapshot"]["recovering_from"] == cause
+    else:
+        assert f"recovering: {cause}; 5 requests wait" in outcome.out.splitlines()
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

@@ -27,6 +27,7 @@ from shardwright.cli.cluster_screen import Frame
 from shardwright.cli.server_watch import Seen, ServerWatch
 from shardwright.cli.top import frames
 from shardwright.errors import HttpServerError
+from shardwright.types import RankLoad
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_once_prints_one_frame(run_cli, server):
     assert rows[0][:5] == ["rack-1", "0-3", "ready", "cpu", "AMD EPYC"]
     assert rows[0][5:7] == ["1.0/2.0 GiB", "50%"]
     assert rows[0][-4:] == ["1", "-", "0.4 ms", "-"]
+    assert rows[1][0] == "desk x 2"
     assert rows[1][-4:] == ["0", "64% 17.6/23.4 GiB 61 °C 70 W", "0.4 ms", "62.5 KiB/s"]
     for figure in (
         "tokens/s 110.0", "prompt tokens/s 275.0", "first token 100 ms, p95 300 ms", "between tokens 20 ms, p95 50 ms",
@@ -77,6 +79,40 @@ def test_a_frame_fits_terminals_of_any_width(seen, width):
     assert max(len(line) for line in text.splitlines()) <= width
     for always_there in ("rack-1", "desk", "0-3", "4-7", "50%", "110.0", "KV blocks", "trying"):
         assert always_there in text
+
+
+def test_a_worker_of_several_ranks_has_a_row_for_each_where_there_is_room(seen):
+    wide = [re.split(r"\s{2,}", line.strip()) for line in drawn(seen).splitlines() if "  rank " in line]
+    assert wide == [
+        ["rank 0", "cuda:0", "NVIDIA L4", "17.6/23.4 GiB", "64% 17.6/23.4 GiB 61 °C 70 W"],
+        ["rank 1", "cuda:1", "NVIDIA L4", "16.6/23.4 GiB", "60% 16.6/23.4 GiB"],
+    ]
+    middle = [re.split(r"\s{2,}", line.strip()) for line in drawn(seen, width=90).splitlines() if "  rank " in line]
+    assert middle == [["rank 0", "cuda:0", "17.6/23.4 GiB"], ["rank 1", "cuda:1", "16.6/23.4 GiB"]]
+    assert "rank " not in drawn(seen, width=69)
+    assert "desk x 2" in drawn(seen, width=69)
+
+
+def test_a_rank_on_a_cpu_tells_what_its_process_holds(seen):
+    load = RankLoad(rank=1, device="\x1b[2Jcpu", device_name="", process_memory_bytes=1536 * 1024**2)
+    seen.change_worker("rack-1", num_ranks=2, ranks=(replace(load, rank=0), load))
+    text = drawn(seen, width=100)
+    assert re.search(r"^rack-1 x 2 +0-3", text, re.MULTILINE)
+    assert re.search(r"^  rank 1 .*cpu +1\.5 GiB", text, re.MULTILINE)
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(("waiting", "running", "words"), [(2, 3, "5 requests wait"), (1, 0, "1 request waits")])
+def test_a_recovery_is_told_with_its_cause_and_who_waits_for_it(seen, waiting, running, words):
+    cause = "worker desk was lost: no heartbeat for 1.0 s\x1b[2J"
+    snapshot = replace(seen.cluster.snapshot, recovering_from=cause, num_waiting=waiting, num_running=running)
+    seen.change_view(is_ready=False, snapshot=snapshot)
+    text = drawn(seen)
+    assert f"recovering: worker desk was lost: no heartbeat for 1.0 s\N{REPLACEMENT CHARACTER}[2J; {words}" in text
+    assert "\x1b" not in text
+    assert "recovering" in drawn(seen, width=30)
+    seen.change_view(snapshot=replace(snapshot, recovering_from=""))
+    assert "recovering" not in drawn(seen)
 
 
 def test_a_lost_worker_and_a_cluster_without_a_pipeline_are_told_with_their_reasons(seen):

@@ -15,8 +15,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from shardwright.config import default_cache_dir
 from shardwright.errors import CheckpointError, UnsupportedModelError
 from shardwright.model.checkpoint import LocalTensors, open_checkpoint
-from shardwright.model.families import read_config
+from shardwright.model.families import plan_family, read_config
 from shardwright.model.gguf_file import gguf_config_json, read_gguf_header
+from shardwright.model.rank_plan import apply_shapes, plan_ranks
 from shardwright.model.weights import load_weights, stage_tensor_names
 from shardwright.runtime.model_files import resolve_model
 
@@ -156,6 +157,45 @@ def test_every_stage_holds_what_transformers_reads(architecture, kind, head, dty
             assert torch.equal(tensor, expected[tied.get(name, name)]), name
         held |= set(state) - set(tied)
     assert held == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "head"),
+    [("llama", QUANTISED.Q4_1, False), ("gemma2", QUANTISED.Q8_0, False), ("qwen2", QUANTISED.BF16, True)],
+)
+def test_ranks_hold_parts_that_put_together_are_what_transformers_reads(architecture, kind, head, tmp_path):
+    """Columns too, which lie across quantised blocks, and llama's rotary rows, which GGUF keeps in another order."""
+    path = write_gguf(tmp_path / "tiny.gguf", architecture, kind, head=head)
+    checkpoint = open_checkpoint(path)
+    config = read_config(checkpoint.config_json)
+    plan = plan_family(config)
+    expected = reference_state(path, config, torch.float32)
+    parts: list[dict[str, torch.Tensor]] = []
+    for rank in range(2):
+        shards = plan_ranks(config, plan, rank=rank, num_ranks=2).shards
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        apply_shapes(model, shards)
+        names = stage_tensor_names(model, config, checkpoint.tensors, checkpoint.format)
+        load_weights(
+            model, config, LocalTensors(checkpoint, names), dtype=torch.float32, device=CPU, finish=ignore,
+            progress=ignore, shards=shards,
+        )  # fmt: skip
+        parts.append(model.state_dict())
+    assert set(expected) <= set(parts[0])
+    divided = set()
+    for name, whole in expected.items():
+        first, second = parts[0][name], parts[1][name]
+        if first.shape == whole.shape:
+            assert torch.equal(first, whole), name
+            assert torch.equal(second, whole), name
+            continue
+        dim = next(d for d in range(whole.dim()) if first.shape[d] != whole.shape[d])
+        assert torch.equal(torch.cat((first, second), dim=dim), whole), name
+        assert (first.numel() * 2, second.numel() * 2) == (whole.numel(), whole.numel()), name
+        divided.add((name.removesuffix(".weight").rpartition(".")[2], dim))
+    assert {("q_proj", 0), ("k_proj", 0), ("o_proj", 1), ("down_proj", 1), ("embed_tokens", 0)} <= divided
+    assert (("lm_head", 0) in divided) == head
 
 
 def test_a_large_matrix_is_dequantised_a_few_rows_at_a_time(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from shardwright.runtime.metrics import (
     metrics_document,
     metrics_rows,
 )
-from shardwright.types import FinishReason, HeartbeatReport, StepTiming
+from shardwright.types import FinishReason, HeartbeatReport, RankLoad, StepTiming
 
 NOW = 1_767_225_605.25  # 2026-01-01T00:00:05.250Z
 TIME = "2026-01-01T00:00:05.250+00:00"
@@ -156,6 +156,20 @@ def test_a_cpu_worker_tells_of_its_machine():
     assert (row["gpu_utilization"], row["memory_utilization"], row["cpu_utilization"]) == (None, 25.0, 97.0)
     assert (row["gpu_memory_used_bytes"], row["gpu_memory_total_bytes"]) == (None, None)
     assert (row["busy_ratio"], row["step_seconds"]) == (0.75, None)
+
+
+def test_a_worker_of_several_ranks_tells_of_each_further_one():
+    load = RankLoad(
+        rank=1, device="cuda:1", device_name="NVIDIA L4", process_memory_bytes=7, gpu_utilization=50.0,
+        gpu_memory_used_bytes=8, gpu_memory_total_bytes=9,
+    )  # fmt: skip
+    worker = replace(example().workers[0], report=replace(GPU_REPORT, ranks=(load,)))
+    listed = {
+        "rank": 1, "device": "cuda:1", "device_name": "NVIDIA L4", "process_memory_bytes": 7, "gpu_utilization": 50.0,
+        "gpu_memory_used_bytes": 8, "gpu_memory_total_bytes": 9, "gpu_temperature_celsius": None,
+        "gpu_power_watts": None,
+    }  # fmt: skip
+    assert rows(with_workers(worker))["rack-1"]["ranks"] == [listed]
 
 
 def test_half_of_a_gpus_figures_leave_the_machines_memory():

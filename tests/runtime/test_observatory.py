@@ -264,6 +264,7 @@ async def test_what_a_worker_says_of_itself_is_shown():
             read_bandwidth=1.0,
             matrix_rate=1.0,
             num_threads=1,
+            num_ranks=2,
             metrics_port=9464,
         )
         cluster.observatory.worker_described("a", description, "rack-1.example:50051")
@@ -274,6 +275,7 @@ async def test_what_a_worker_says_of_itself_is_shown():
         "rack-1.example:50051",
     )
     assert second.metrics_target == ""
+    assert (first.num_ranks, second.num_ranks) == (2, 1)
 
 
 async def test_a_lost_worker_is_seen_with_its_errors_and_so_is_the_end_of_the_pipeline():

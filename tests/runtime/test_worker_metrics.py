@@ -20,7 +20,7 @@ from shardwright.runtime import worker_metrics
 from shardwright.runtime.worker_metrics import FAMILIES, MetricsServer
 from shardwright.runtime.worker_process import open_worker
 from shardwright.transport.memory import MemoryTransport
-from shardwright.types import PHASE_BUCKETS_S, HeartbeatReport, LayerRange, LinkReport, PhaseTimes, StepPhase
+from shardwright.types import PHASE_BUCKETS_S, HeartbeatReport, LayerRange, LinkReport, PhaseTimes, RankLoad, StepPhase
 
 HOST = "127.0.0.1"
 T = 10.0
@@ -138,6 +138,22 @@ def test_what_is_not_known_is_absent(port, source):
     assert found["link_steps_total", "rack-2"] == 70
     source.now = replace(BUSY, link=None)
     assert not [name for name in samples(fetch(port)) if name[0].startswith("link")]
+
+
+def test_every_rank_of_a_worker_is_told_with_its_device(port, source):
+    further = RankLoad(rank=1, device="cuda:2", device_name="a GPU", process_memory_bytes=11, gpu_utilization=25.0)
+    source.now = replace(BUSY, ranks=(further, replace(further, rank=2, device="cpu", gpu_utilization=None)))
+    found = samples(fetch(port))
+    assert {name: value for name, value in found.items() if name[0].startswith("rank_")} == {
+        ("rank_process_memory_bytes", "cuda:1", "0"): 2**30,
+        ("rank_process_memory_bytes", "cuda:2", "1"): 11,
+        ("rank_process_memory_bytes", "cpu", "2"): 11,
+        ("rank_gpu_utilization_ratio", "cuda:1", "0"): 0.64,
+        ("rank_gpu_utilization_ratio", "cuda:2", "1"): 0.25,
+        ("rank_gpu_memory_used_bytes", "cuda:1", "0"): 5,
+        ("rank_gpu_memory_total_bytes", "cuda:1", "0"): 9,
+    }
+    assert found["gpu_utilization_ratio", "cuda:2"] == 0.25
 
 
 def test_values_are_of_the_moment_of_the_scrape(port, source):

@@ -85,7 +85,7 @@ def example_report(**changes: Any) -> HeartbeatReport:
 
 
 def example_worker(worker_id: str, index: int | None, **changes: Any) -> WorkerView:
-    """A worker that holds stage `index` of two, 4 layers each (None: none); `desk` is the last one and has a GPU."""
+    """A worker that holds stage `index` of two, 4 layers each (None: none); `desk` is the last one and has two GPUs."""
     report = example_report()
     if worker_id == "desk":
         report = example_report(
@@ -103,6 +103,8 @@ def example_worker(worker_id: str, index: int | None, **changes: Any) -> WorkerV
                     device_name="NVIDIA L4",
                     process_memory_bytes=1_400 * MIB,
                     gpu_utilization=60.0,
+                    gpu_memory_used_bytes=17_000 * MIB,
+                    gpu_memory_total_bytes=24_000 * MIB,
                 ),
             ),
             queue_depth=0,
@@ -130,6 +132,8 @@ def example_worker(worker_id: str, index: int | None, **changes: Any) -> WorkerV
         master_round_trip_s=0.0006,
         wire=None if index is None else Histogram(bounds=PHASE_BUCKETS_S, counts=spread(400, peak=3), total=0.16),
         metrics_target=f"{worker_id}.test:9464",
+        num_ranks=1 + len(report.ranks),
+        ranks=report.all_ranks,
     )
     return replace(view, **changes)
 

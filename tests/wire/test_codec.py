@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 import pytest
 from hypothesis import given
@@ -328,6 +328,7 @@ reports = st.builds(
             gpu_power_w=st.none() | figure,
         ),
         max_size=3,
+        unique_by=attrgetter("rank"),
     ),
 )
 matrix_dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
@@ -805,6 +806,7 @@ def raw_machine(**fields):
         (raw_report(loaded_bytes=[pb.NamedCount(name="tape")]), "'tape'; known: disk, cache, network"),
         (raw_report(ranks=[pb.RankLoad(device="cpu")]), "RankLoad.rank is 0"),
         (raw_report(ranks=[pb.RankLoad(rank=1, device="cpu")] * 64), "HeartbeatReport.ranks"),
+        (raw_report(ranks=[pb.RankLoad(rank=1, device="cpu")] * 2), "HeartbeatReport.ranks: rank 1 comes twice"),
     ],
 )
 def test_a_report_out_of_range_is_refused(message, complaint):

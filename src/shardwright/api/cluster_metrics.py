@@ -36,6 +36,7 @@ class Family:
 
 _WORKER = ("worker",)
 _GPU = ("worker", "device")
+_RANK = ("worker", "rank", "device")
 _LINK = ("worker", "peer")
 
 FAMILIES: Final = (
@@ -69,6 +70,7 @@ FAMILIES: Final = (
     Family("workers", "gauge", "Workers that the master knows, by status.", ("status",)),
     Family("worker_up", "gauge", "1 while the worker answers, 0 once it is lost.", _WORKER),
     Family("worker_info", "gauge", "What a worker is; always 1.", ("worker", "host", "device", "device_name")),
+    Family("worker_ranks", "gauge", "Devices of the worker that compute each layer together.", _WORKER),
     Family("worker_errors_total", "counter", "Errors of a worker, by kind.", ("worker", "kind")),
     Family("master_round_trip_seconds", "gauge", "From the master to the worker and back, at best lately.", _WORKER),
     Family("weights_loaded_bytes_total", "counter", "Weights that were loaded, by source.", ("worker", "source")),
@@ -105,7 +107,11 @@ FAMILIES: Final = (
     Family("memory_used_bytes", "gauge", "RAM of the worker's machine, or of its container.", _WORKER),
     Family("memory_total_bytes", "gauge", "RAM of the worker's machine, or of its container.", _WORKER),
     Family("process_memory_bytes", "gauge", "RAM of the worker's own process.", _WORKER),
-    Family("rank_process_memory_bytes", "gauge", "RAM of a further rank's process.", ("worker", "rank", "device")),
+    # The devices of a worker with several ranks; ranks are at most `MAX_RANKS` of the protocol.
+    Family("rank_process_memory_bytes", "gauge", "RAM of a rank's process.", _RANK),
+    Family("rank_gpu_utilization_ratio", "gauge", "Part of the time that a rank's GPU was busy, 0 to 1.", _RANK),
+    Family("rank_gpu_memory_used_bytes", "gauge", "Of a rank's GPU, by all processes.", _RANK),
+    Family("rank_gpu_memory_total_bytes", "gauge", "Of a rank's GPU.", _RANK),
 )
 """Every metric of the cluster, in the order in which they are told; docs/monitoring.md lists the same."""
 
@@ -198,6 +204,7 @@ class _Scrape:
             self._put_histogram("stage_phase_seconds", worker.wire, name, WIRE)
         if is_up:
             self._put("worker_info", 1, name, worker.host_id, worker.device, worker.device_name)
+            self._put("worker_ranks", worker.num_ranks, name)
             self._put("master_round_trip_seconds", worker.master_round_trip_s, name)
         if worker.report is None:
             return
@@ -237,7 +244,6 @@ class _Scrape:
         self._put("gpu_temperature_celsius", report.gpu_temperature_c, *gpu)
         self._put("gpu_power_watts", report.gpu_power_w, *gpu)
         for load in report.ranks:
-            self._put("rank_process_memory_bytes", load.process_memory_bytes, name, str(load.rank), load.device)
             gpu = (name, load.device)
             if load.gpu_utilization is not None:
                 self._put("gpu_utilization_ratio", load.gpu_utilization / 100, *gpu)
@@ -245,6 +251,13 @@ class _Scrape:
             self._put("gpu_memory_total_bytes", load.gpu_memory_total_bytes, *gpu)
             self._put("gpu_temperature_celsius", load.gpu_temperature_c, *gpu)
             self._put("gpu_power_watts", load.gpu_power_w, *gpu)
+        for load in report.all_ranks:
+            rank = (name, str(load.rank), load.device)
+            self._put("rank_process_memory_bytes", load.process_memory_bytes, *rank)
+            if load.gpu_utilization is not None:
+                self._put("rank_gpu_utilization_ratio", load.gpu_utilization / 100, *rank)
+            self._put("rank_gpu_memory_used_bytes", load.gpu_memory_used_bytes, *rank)
+            self._put("rank_gpu_memory_total_bytes", load.gpu_memory_total_bytes, *rank)
 
     def _stage(self, worker: WorkerView, report: HeartbeatReport) -> None:
         name = worker.worker_id

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from shardwright import __version__
-from shardwright.cli import aio, options
+from shardwright.cli import aio, figures, options
 from shardwright.cli.console import one_sentence, say, stdout_console, warn
 from shardwright.config import DEFAULT_PORT, GIB, MasterConfig, WorkerConfig
 from shardwright.errors import ShardwrightError
@@ -244,7 +244,7 @@ def _table(probes: list[Probe]) -> Table:
             probe.entry.username,
             probe.entry.address,
             "[green]idle[/green]" if report.epoch == 0 else f"[yellow]in use, {report.queue_depth} waiting[/yellow]",
-            f"{about.device}{f' x {about.num_ranks}' if about.num_ranks > 1 else ''} ({about.device_name})",
+            f"{figures.with_ranks(about.device, about.num_ranks)} ({about.device_name})",
             f"{about.memory_available_bytes / GIB:.1f} of {about.memory_total_bytes / GIB:.1f} GiB",
             use,
             f"{(probe.round_trip_s or 0.0) * 1000:.1f} ms",

@@ -15,10 +15,12 @@ from shardwright.cli import figures
 from shardwright.cli.console import harmless
 from shardwright.cli.server_watch import Seen
 from shardwright.observation import ClusterView, HistoryPoint, LinkView, WorkerView
+from shardwright.types import HeartbeatReport, RankLoad
 
 _BAR_WIDTH = 10
 _BUSY, _LATE_S = 0.95, 5.0
 _MAX_ERRORS = 6  # kinds of errors on one line
+_RANKS_FROM_WIDTH = 70  # of the terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,14 @@ class _Column:
     from_width: int  # of the terminal
     cell: Callable[[WorkerView, LinkView | None], RenderableType]
     justify: str = "left"
+    rank: Callable[[RankLoad], Text] | None = None  # what it has to say of a rank; None: nothing
 
 
 def pipeline(view: ClusterView, width: int) -> Table:
-    """A row for each worker, in the pipeline's order; how many columns depends on the terminal's width."""
+    """A row for each worker, in the pipeline's order; how many columns depends on the terminal's width.
+
+    Under a worker of several ranks stands a row for each of them, where there is room for what they hold.
+    """
     columns = [column for column in _COLUMNS if width >= column.from_width]
     table = Table(box=None, pad_edge=False, expand=False, header_style="dim")
     for column in columns:
@@ -70,12 +76,16 @@ def pipeline(view: ClusterView, width: int) -> Table:
     incoming = {link.receiver: link for link in view.links if link.receiver}
     for worker in view.workers:
         cells = (column.cell(worker, incoming.get(worker.worker_id)) for column in columns)
-        table.add_row(*cells, style="dim" if worker.status == "lost" else "")  # its figures are the last ones known
+        style = "dim" if worker.status == "lost" else ""  # its figures are the last ones known
+        table.add_row(*cells, style=style)
+        for load in worker.ranks if width >= _RANKS_FROM_WIDTH else ():
+            table.add_row(*(Text() if c.rank is None else c.rank(load) for c in columns), style=style or "dim")
     return table
 
 
 def _name(worker: WorkerView, _: LinkView | None) -> Text:
-    return Text(harmless(worker.worker_id), style="red" if worker.status == "lost" else "")
+    name = figures.with_ranks(harmless(worker.worker_id), worker.num_ranks)
+    return Text(name, style="red" if worker.status == "lost" else "")
 
 
 def _status(worker: WorkerView, _: LinkView | None) -> Text:
@@ -121,7 +131,10 @@ def _queue(worker: WorkerView, _: LinkView | None) -> Text:
 
 
 def _gpu(worker: WorkerView, _: LinkView | None) -> Text:
-    report = worker.report
+    return _gpu_of(worker.report)
+
+
+def _gpu_of(report: HeartbeatReport | RankLoad | None) -> Text:
     if report is None or report.gpu_utilization is None:
         return Text(figures.UNKNOWN)
     parts = [f"{report.gpu_utilization:.0f}%"]
@@ -142,17 +155,24 @@ def _rate(_: WorkerView, link: LinkView | None) -> Text:
     return Text(figures.UNKNOWN if link is None else figures.rate(link.bytes_per_s))
 
 
+def _rank_memory(load: RankLoad) -> Text:
+    """Of its device, by all processes; where that is not known, what its process holds."""
+    if load.gpu_memory_used_bytes is None or load.gpu_memory_total_bytes is None:
+        return Text(figures.size(load.process_memory_bytes))
+    return Text(figures.part_of(load.gpu_memory_used_bytes, load.gpu_memory_total_bytes))
+
+
 _COLUMNS: Sequence[_Column] = (
-    _Column("worker", 0, _name),
+    _Column("worker", 0, _name, rank=lambda load: Text(f"  rank {load.rank}")),
     _Column("layers", 0, _layers),
     _Column("state", 60, _status),
-    _Column("device", 90, _device),
-    _Column("", 150, _device_name),
-    _Column("memory", 70, _memory),
+    _Column("device", 90, _device, rank=lambda load: Text(harmless(load.device))),
+    _Column("", 150, _device_name, rank=lambda load: Text(harmless(load.device_name))),
+    _Column("memory", _RANKS_FROM_WIDTH, _memory, rank=_rank_memory),
     _Column("busy", 0, _busy, "right"),
     _Column("", 40, _bar),
     _Column("queue", 40, _queue, "right"),
-    _Column("GPU", 130, _gpu),
+    _Column("GPU", 130, _gpu, rank=_gpu_of),
     _Column("link in", 80, _round_trip, "right"),
     _Column("", 100, _rate, "right"),
 )
@@ -193,8 +213,10 @@ def _latest(points: Sequence[HistoryPoint], low: str, high: str) -> tuple[float 
 
 
 def troubles(view: ClusterView) -> list[Text]:
-    """Why nothing can be answered, who was lost and why, and which errors there were."""
+    """What is being recovered from, why nothing can be answered, who was lost and why, and which errors there were."""
     lines = []
+    if view.snapshot.recovering_from:
+        lines.append(Text(recovery(view), style="bold yellow"))
     if view.failure:
         lines.append(Text(f"no pipeline: {harmless(view.failure)}", style="bold red"))
     lines += [
@@ -206,6 +228,13 @@ def troubles(view: ClusterView) -> list[Text]:
         shown = [f"{harmless(kind)} {count}" for kind, count in view.num_errors[-_MAX_ERRORS:]]
         lines.append(Text(f"errors so far: {', '.join(shown)}", style="yellow"))
     return [Text(), *lines] if lines else []
+
+
+def recovery(view: ClusterView) -> str:
+    """What the model is placed anew for, and how many requests that concerns; call while that goes on."""
+    open_requests = view.snapshot.num_waiting + view.snapshot.num_running
+    waits = "waits" if open_requests == 1 else "wait"
+    return f"recovering: {harmless(view.snapshot.recovering_from)}; {counted(open_requests, 'request')} {waits}"
 
 
 def counted(number: int, name: str) -> str:

@@ -62,3 +62,8 @@ def rate(value: float | None) -> str:
 def pair(low: float | None, high: float | None, shown: Callable[[float | None], str] = seconds) -> str:
     """A median and a 95th percentile."""
     return UNKNOWN if low is None and high is None else f"{shown(low)}, p95 {shown(high)}"
+
+
+def with_ranks(name: str, num_ranks: int) -> str:
+    """A worker or device as a table shows it: how many devices compute together, where it is more than one."""
+    return name if num_ranks == 1 else f"{name} x {num_ranks}"

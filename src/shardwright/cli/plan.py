@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from shardwright.cli import aio, options
+from shardwright.cli import aio, figures, options
 from shardwright.cli.cluster import grpc_transport
 from shardwright.cli.console import one_sentence, stderr_console, stdout_console, warn
 from shardwright.cli.progress import StartProgress
@@ -122,7 +122,7 @@ def _print_plan(model: OpenModel, ranks: Mapping[WorkerId, int], placement: Plac
     for index, stage in enumerate(placement.stages):
         table.add_row(
             str(index),
-            with_ranks(stage.worker_id, ranks.get(stage.worker_id, 1)),
+            figures.with_ranks(stage.worker_id, ranks.get(stage.worker_id, 1)),
             str(stage.layers),
             f"{stage.weight_bytes / MIB:.1f}",
             *([f"{stage.offloaded_bytes / MIB:.1f}"] if offloads else []),
@@ -139,11 +139,6 @@ def _print_plan(model: OpenModel, ranks: Mapping[WorkerId, int], placement: Plac
         markup=False,
         soft_wrap=True,
     )
-
-
-def with_ranks(name: str, num_ranks: int) -> str:
-    """A worker or device as a table shows it: how many devices compute together, where it is more than one."""
-    return name if num_ranks == 1 else f"{name} x {num_ranks}"
 
 
 def verify(

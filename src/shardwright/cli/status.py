@@ -59,6 +59,8 @@ def why_not(view: ClusterView) -> str:
     """The reason in words."""
     if view.failure:
         return view.failure
+    if view.snapshot.recovering_from:
+        return f"recovering: {view.snapshot.recovering_from}"
     if not view.snapshot.stages:
         return "there is no pipeline yet"
     return "no token went through the pipeline lately"

@@ -279,6 +279,31 @@ WORKER: Final = Board(
         ),
     ),
     Section(
+        "Ranks",
+        Panel(
+            "Ranks",
+            "Devices of the worker that compute each layer together (--tensor-parallel).",
+            {"{{worker}}": f"shardwright_worker_ranks{{{CHOSEN}}}"},
+            width=8,
+        ),
+        _ratio(
+            "GPU of each rank",
+            "Ranks wait for each other in every layer: the slowest holds all of them up. Empty on CPUs.",
+            {"{{worker}} rank {{rank}} ({{device}})": f"shardwright_rank_gpu_utilization_ratio{{{CHOSEN}}}"},
+            width=8,
+        ),
+        _bytes(
+            "Memory of each rank",
+            "RAM of its process, and what is used of its GPU's memory by all processes; empty without several ranks.",
+            {
+                "{{worker}} rank {{rank}} process": f"shardwright_rank_process_memory_bytes{{{CHOSEN}}}",
+                "{{worker}} rank {{rank}} GPU": f"shardwright_rank_gpu_memory_used_bytes{{{CHOSEN}}}",
+                "{{worker}} rank {{rank}} GPU's total": f"shardwright_rank_gpu_memory_total_bytes{{{CHOSEN}}}",
+            },
+            width=8,
+        ),
+    ),
+    Section(
         "Links",
         Panel(
             "Sent",

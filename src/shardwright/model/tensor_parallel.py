@@ -48,18 +48,29 @@ class RankGroup:
         self.num_ranks = num_ranks
         self.device = device
         self.all_reduce = all_reduce
+        self.waits = False
+        """Whether this rank may be waiting for the others just now: it is in a sum, or on its way into one."""
         self._comm: Any = importlib.import_module("deepspeed.comm")
         self.handle: Any = self._comm.get_world_group()
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Say that this rank may wait for the others, for whoever watches it."""
+        self.waits = True
+        yield
+        self.waits = False  # not after an error, which ends the worker
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up the ranks' tensors, in place."""
-        self._comm.inference_all_reduce(tensor, group=self.handle)
+        with self.waiting():
+            self._comm.inference_all_reduce(tensor, group=self.handle)
         return tensor
 
     def join_last(self, tensor: torch.Tensor, num_ranks: int) -> torch.Tensor:
         """All ranks' tensors, equal in shape, one behind the other along the last dimension."""
         pieces = [torch.empty_like(tensor) for _ in range(num_ranks)]
-        torch.distributed.all_gather(pieces, tensor.contiguous(), group=self.handle)
+        with self.waiting():
+            torch.distributed.all_gather(pieces, tensor.contiguous(), group=self.handle)
         return torch.cat(pieces, dim=-1)
 
     def collect(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
@@ -69,16 +80,19 @@ class RankGroup:
             tensor = nn.functional.pad(tensor, (0, widest - tensor.shape[-1]))
         tensor = tensor.contiguous()
         if self.rank != 0:
-            torch.distributed.gather(tensor, dst=0, group=self.handle)
+            with self.waiting():
+                torch.distributed.gather(tensor, dst=0, group=self.handle)
             return None
         pieces = [torch.empty_like(tensor) for _ in sizes]
-        torch.distributed.gather(tensor, pieces, dst=0, group=self.handle)
+        with self.waiting():
+            torch.distributed.gather(tensor, pieces, dst=0, group=self.handle)
         return torch.cat([piece[..., :size] for piece, size in zip(pieces, sizes, strict=True)], dim=-1)
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank; the others give one of the same shape and dtype that is written over."""
         tensor = tensor.contiguous()
-        torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self.handle)
+        with self.waiting():
+            torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self.handle)
         return tensor
 
     def close(self) -> None:
@@ -165,13 +179,29 @@ def cut_stage(model: nn.Module, plan: FamilyPlan, ranks: RankPlan, layers: Layer
             child = parent.get_submodule(name)
         except AttributeError:
             continue  # another stage's layer
-        setattr(parent, name, auto_tp._replace(child, path, False))
+        part = auto_tp._replace(child, path, False)
+        setattr(parent, name, part)
+        if path in ranks.rows:
+            _tell_of_waiting(part, group)
     for name, parameter in model.named_parameters():
         if name in parts and name in ranks.shards:
             wanted = ranks.shards[name].size
             assert parameter.shape[ranks.shards[name].dim] == wanted, f"AutoTP cuts {name} to {list(parameter.shape)}"
     apply_shapes(model, {name: shard for name, shard in ranks.shards.items() if name not in parts})
     patch_head_counts(model, plan, ranks.num_ranks, layers)
+
+
+def _tell_of_waiting(layer: nn.Module, group: RankGroup) -> None:
+    """DeepSpeed's layers sum by themselves, somewhere in their forward."""
+
+    def before(_: nn.Module, __: tuple[Any, ...]) -> None:
+        group.waits = True
+
+    def after(_: nn.Module, __: tuple[Any, ...], ___: torch.Tensor) -> None:
+        group.waits = False
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
 
 
 def _auto_tp(model: nn.Module, ranks: RankPlan, group: RankGroup) -> Any:

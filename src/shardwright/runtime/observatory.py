@@ -304,6 +304,8 @@ class MasterObservatory:
             master_round_trip_s=watch.clock.round_trip_s,
             wire=self._timeline.wire(worker.worker_id),
             metrics_target=watch.metrics_target,
+            num_ranks=description.num_ranks if description is not None else 1,
+            ranks=report.all_ranks if report is not None else (),
         )
 
     def _links(self, workers: tuple[WorkerId, ...]) -> tuple[LinkView, ...]:

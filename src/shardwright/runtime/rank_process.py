@@ -20,6 +20,7 @@ import psutil
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder
+from shardwright.runtime.stillness import thread_state
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,10 @@ class Rank:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._stages: dict[int, Stage] = {}
+        self._steps_done = 0
         self._gpu: GpuWatch | None = None
         self._device: torch.device
-        self._group: RankGroup
+        self._group: RankGroup | None = None
 
     def run(self) -> None:
         """Do what rank 0 says until it is gone."""
@@ -89,6 +91,7 @@ class Rank:
         pause = threading.Event()
         while True:
             gpu = self._gpu.sample() if self._gpu is not None else None
+            progress = self._progress()
             self._channel.send(
                 Kind.BEAT,
                 {
@@ -98,9 +101,17 @@ class Rank:
                     "gpu_memory_total_bytes": gpu and gpu.memory_total,
                     "gpu_temperature_c": gpu and gpu.temperature,
                     "gpu_power_w": gpu and gpu.power,
+                    "progress": progress,
                 },
             )
             pause.wait(BEAT_INTERVAL_S)
+
+    def _progress(self) -> dict[str, Any] | None:
+        """Where the compute thread is. Rank 0 sees by `moves` whether it still is there: these are read first."""
+        seen, group = thread_state("self", os.getpid()), self._group
+        if seen is None or group is None:
+            return None
+        return {"moves": seen.moves, "steps_done": self._steps_done, "waits": group.waits}
 
     def _answer(self, work: Any, message: Message) -> None:
         """Say how it went; what a user can change is told in its own words."""
@@ -195,8 +206,10 @@ class Rank:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         step = decode_step(message.data, WireLimits()).step
+        assert self._group is not None, "it has joined"
         tensors = receive_tensors(message.fields["tensors"], self._group)
         self._stages[message.fields["key"]].forward(step, tensors)
+        self._steps_done += 1
 
 
 def main() -> None:

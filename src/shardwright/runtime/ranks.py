@@ -26,6 +26,7 @@ import psutil
 from shardwright.errors import ClusterError, ConfigError, UnsupportedModelError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder, stage_fields
+from shardwright.runtime.stillness import Stillness, thread_state
 from shardwright.types import RankLoad, StepInput
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ SILENCE_S = 1.5
 HUNG_S = 10.0
 """The same for one that is not stopped: on a machine with too much to do, its thread may have to wait for its turn."""
 
+STILL_S = 1.2
+"""For how long a rank that computes on CPUs may stand still in a step, where it does not wait for another."""
+
+_LOOK_AFTER_S = 0.2  # most steps are over by then, and nobody has to look
 _WATCH_INTERVAL_S = 0.1
 _END_TIMEOUT_S = 2.0
 _CAUSE_S = 0.5
@@ -63,8 +68,29 @@ class _Process:
     beat_s: float | None = None  # when the last one came; None: it has not joined yet
     figures: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] | None = None  # where its compute thread was at the last beat
+    stillness: Stillness = field(init=False)
 
-    def stands_still(self) -> bool:
+    def __post_init__(self) -> None:
+        self.stillness = Stillness(self.process.pid, self.process.pid)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.process.pid}, {self.device})"
+
+    def is_stuck(self, num_steps: int, now_s: float) -> bool:
+        """Whether a process that stands still has one of so many steps in hand, and does not wait for another rank.
+
+        What the last beat says is so now if the thread has not moved since. Without beats the interpreter stands
+        still with it.
+        """
+        said, seen = self.progress, self.stillness.seen
+        if self.beat_s is not None and now_s - self.beat_s > SILENCE_S:
+            return True
+        if said is None or seen is None or said["moves"] != seen.moves:
+            return False
+        return bool(said["steps_done"] < num_steps and not said["waits"])
+
+    def is_stopped(self) -> bool:
         """Whether the system has stopped the process."""
         try:
             return bool(
@@ -72,6 +98,14 @@ class _Process:
             )
         except psutil.Error:
             return False  # it has ended: its pipe tells
+
+
+@dataclass(slots=True, eq=False)
+class _Leading:
+    """A step that rank 0 leads the others through."""
+
+    began_s: float
+    stillness: Stillness  # of rank 0
 
 
 class Ranks:
@@ -97,6 +131,8 @@ class Ranks:
         self._closing = False
         self._lost = threading.Lock()
         self._over = threading.Event()
+        self._leading: _Leading | None = None
+        self._num_steps = 0
         self._processes = [self._start(rank) for rank in range(1, len(devices))]
         for process in self._processes:
             process.listener = threading.Thread(
@@ -243,6 +279,7 @@ class Ranks:
         with contextlib.suppress(OSError):
             while (message := each.channel.receive()) is not None:
                 if message.kind is Kind.BEAT:
+                    each.progress = message.fields.pop("progress", None)
                     each.figures = message.fields
                     if each.beat_s is not None:
                         each.beat_s = time.monotonic()
@@ -254,29 +291,67 @@ class Ranks:
             code = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = each.process.wait(_END_TIMEOUT_S)
-            self._lose(f"rank {each.rank} (process {each.process.pid}, {each.device}) ended{_ending(code)}")
+            self._lose(f"{each} ended{_ending(code)}")
         each.answers.put(None)
 
     def _watch(self) -> None:
         """Notice a rank that stands still. A process that was itself stopped for a while gives the others time."""
         pause = threading.Event()
         last_s = time.monotonic()
+        looked_at: _Leading | None = None
         while not self._closing:
             pause.wait(_WATCH_INTERVAL_S)
             now_s = time.monotonic()
             was_away = now_s - last_s > SILENCE_S / 2
             last_s = now_s
-            for each in self._processes:
-                if each.beat_s is None:
-                    continue
-                if was_away:
-                    each.beat_s = now_s
-                elif (silence_s := now_s - each.beat_s) > SILENCE_S and (each.stands_still() or silence_s > HUNG_S):
-                    limit_s = HUNG_S if silence_s > HUNG_S else SILENCE_S
-                    self._lose(
-                        f"rank {each.rank} (process {each.process.pid}, {each.device}) has not moved for {limit_s} s"
-                    )
-                    return
+            leading = self._leading
+            if was_away or leading is not looked_at:
+                looked_at = leading
+                for stillness in (each.stillness for each in self._processes):
+                    stillness.forget()
+                if leading is not None:
+                    leading.stillness.forget()
+            what = self._find_silent(now_s, was_away=was_away)
+            if what is None and leading is not None and self.devices[0] == "cpu":
+                what = self._find_stuck(leading, now_s)
+            if what is not None:
+                self._lose(what)
+                return
+
+    def _find_silent(self, now_s: float, *, was_away: bool) -> str | None:
+        """What is to be said of a rank whose beats have stopped."""
+        for each in self._processes:
+            if each.beat_s is None:
+                continue
+            if was_away:
+                each.beat_s = now_s
+            elif (silence_s := now_s - each.beat_s) > SILENCE_S and (each.is_stopped() or silence_s > HUNG_S):
+                return f"{each} has not moved for {HUNG_S if silence_s > HUNG_S else SILENCE_S} s"
+        return None
+
+    def _find_stuck(self, leading: _Leading, now_s: float) -> str | None:
+        """What is to be said of a rank that stands still in a step, though its process lives and sends beats.
+
+        A step that is slow is not stuck: a thread of it runs, waits for its turn on a core, or waits for a rank of
+        which that is true. Whoever sleeps in a step without waiting for a rank is stuck. Where all ranks sleep, some
+        of them waiting for others, nobody is left who could go on, whoever it was that began.
+        """
+        if now_s - leading.began_s < _LOOK_AFTER_S:
+            return None
+        num_steps = self._num_steps
+        own = leading.stillness
+        still_s = [own.look(now_s), *(each.stillness.look(now_s) for each in self._processes)]
+        if self._leading is not leading:
+            return None  # it has ended meanwhile
+        for each, for_s in zip(self._processes, still_s[1:], strict=True):
+            if for_s >= STILL_S and each.is_stuck(num_steps, now_s):
+                return f"{each} has stood still in a step for {STILL_S} s"
+        waits = self._group is None or self._group.waits
+        if still_s[0] >= STILL_S and not waits and thread_state("self", own.thread_id) == own.seen:
+            return f"rank 0 (process {os.getpid()}, {self.devices[0]}) has stood still in a step for {STILL_S} s"
+        if min(still_s) >= STILL_S:
+            return f"all ranks have stood still in a step for {STILL_S} s: each waits for another"
+        return None
 
     def _lose(self, what: str) -> None:
         """The worker is lost with a rank. The first loss is the cause; the others follow from it."""
@@ -384,8 +459,10 @@ class Ranks:
 
         raw = encode_step(StepMessage(step=step, tensors=()), WireLimits())
         threads = torch.get_num_threads()
+        self._num_steps += 1
         self._tell(Kind.STEP, {"key": key, "threads": threads, "tensors": describe_tensors(inputs)}, raw)
         group = self.group
+        self._leading = _Leading(time.monotonic(), Stillness("self", threading.get_native_id()))
         try:
             for tensor in inputs.values():
                 group.share(tensor.to(group.device))
@@ -394,6 +471,8 @@ class Ranks:
             if not self._over.wait(_CAUSE_S):
                 self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
             raise
+        finally:
+            self._leading = None
 
 
 class RankedStage:

@@ -51,6 +51,8 @@ class Family:
     labels: tuple[str, ...] = ()
 
 
+_RANK = ("rank", "device")
+
 FAMILIES: Final = (
     Family("worker_info", "gauge", "What the worker is; always 1.", ("version", "device", "device_name")),
     Family("worker_errors_total", "counter", "Errors since the process began, by kind.", ("kind",)),
@@ -86,8 +88,11 @@ FAMILIES: Final = (
     Family("memory_used_bytes", "gauge", "RAM of the machine, or of the container."),
     Family("memory_total_bytes", "gauge", "RAM of the machine, or of the container."),
     Family("process_memory_bytes", "gauge", "RAM of the worker's process."),
-    # The worker's devices beside the first, with --tensor-parallel.
-    Family("rank_process_memory_bytes", "gauge", "RAM of a further rank's process.", ("rank", "device")),
+    # The worker's devices, with --tensor-parallel.
+    Family("rank_process_memory_bytes", "gauge", "RAM of a rank's process.", _RANK),
+    Family("rank_gpu_utilization_ratio", "gauge", "Part of the time that a rank's GPU was busy, 0 to 1.", _RANK),
+    Family("rank_gpu_memory_used_bytes", "gauge", "Of a rank's GPU, by all processes.", _RANK),
+    Family("rank_gpu_memory_total_bytes", "gauge", "Of a rank's GPU.", _RANK),
 )
 """Every metric of a worker, in the order in which they are told; docs/monitoring.md lists the same."""
 
@@ -212,13 +217,19 @@ class _Scrape:
         self._put("gpu_temperature_celsius", report.gpu_temperature_c, report.device)
         self._put("gpu_power_watts", report.gpu_power_w, report.device)
         for load in report.ranks:
-            self._put("rank_process_memory_bytes", load.process_memory_bytes, str(load.rank), load.device)
             if load.gpu_utilization is not None:
                 self._put("gpu_utilization_ratio", load.gpu_utilization / 100, load.device)
             self._put("gpu_memory_used_bytes", load.gpu_memory_used_bytes, load.device)
             self._put("gpu_memory_total_bytes", load.gpu_memory_total_bytes, load.device)
             self._put("gpu_temperature_celsius", load.gpu_temperature_c, load.device)
             self._put("gpu_power_watts", load.gpu_power_w, load.device)
+        for load in report.all_ranks:
+            rank = (str(load.rank), load.device)
+            self._put("rank_process_memory_bytes", load.process_memory_bytes, *rank)
+            if load.gpu_utilization is not None:
+                self._put("rank_gpu_utilization_ratio", load.gpu_utilization / 100, *rank)
+            self._put("rank_gpu_memory_used_bytes", load.gpu_memory_used_bytes, *rank)
+            self._put("rank_gpu_memory_total_bytes", load.gpu_memory_total_bytes, *rank)
         self._put("cpu_utilization_ratio", report.cpu_utilization / 100)
         self._put("memory_used_bytes", report.memory_used_bytes)
         self._put("memory_total_bytes", report.memory_total_bytes)

@@ -177,6 +177,7 @@ def decode_report(raw: bytes) -> HeartbeatReport:
     source = checks.parse(pb.HeartbeatReport, raw)
     checks.at_most("HeartbeatReport.timings", len(source.timings), MAX_TIMINGS)
     checks.at_most("HeartbeatReport.ranks", len(source.ranks), MAX_RANKS - 1)
+    checks.distinct("HeartbeatReport.ranks: rank", [load.rank for load in source.ranks])
     has = source.HasField
     return HeartbeatReport(
         timestamp=checks.number("HeartbeatReport.timestamp", source.timestamp),

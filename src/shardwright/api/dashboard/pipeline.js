@@ -47,8 +47,9 @@ export class Pipeline {
     }));
     byId("others").hidden = outside.length === 0;
     const failure = byId("failure");
-    failure.hidden = !view.failure;
-    setText(failure, view.failure ? `No request can be answered: ${view.failure}` : "");
+    const trouble = troubleWords(view);
+    failure.hidden = !trouble;
+    setText(failure, trouble);
     showLayerMap(byId("layer-map"), view, inside);
   }
 
@@ -56,6 +57,12 @@ export class Pipeline {
     if (!this.#cards.has(id)) this.#cards.set(id, new WorkerCard());
     return this.#cards.get(id);
   }
+}
+
+function troubleWords({ failure, snapshot }) {
+  if (failure) return `No request can be answered: ${failure}`;
+  if (!snapshot.recovering_from) return "";
+  return `Recovering: ${snapshot.recovering_from}; requests that wait: ${count(snapshot.num_waiting + snapshot.num_running)}`;
 }
 
 /** Pairs of a name and a figure. */
@@ -166,6 +173,7 @@ class WorkerCard {
     this.link = h("p", { class: "link" });
     this.linkBox = h("div", { class: "link-box" }, h("span", { class: "arrow", "aria-hidden": "true" }), this.link);
     this.title = h("h3", {});
+    this.numRanks = h("span", { class: "num-ranks muted small", hidden: true });
     this.badge = h("span", { class: "badge" });
     this.layers = h("p", { class: "card-line strong" });
     this.device = h("p", { class: "card-line muted small" });
@@ -174,13 +182,16 @@ class WorkerCard {
     this.memory = new Bar(["weights", "kv"]);
     this.machine = h("p", { class: "card-line small" });
     this.gpu = h("p", { class: "card-line small" });
+    this.rankList = h("ul", { class: "ranks small" });
+    this.ranks = h("details", { hidden: true }, h("summary", {}, "Ranks: what each device does"), this.rankList);
     this.phaseBar = h("div", { class: "bar", "aria-hidden": "true" });
     this.phaseList = h("ul", { class: "phases small" });
     this.phaseNote = h("p", { class: "muted small" });
     this.phases = h("details", {}, h("summary", {}, "Where a step's time goes"), this.phaseBar, this.phaseList, this.phaseNote);
     this.back = h("p", { class: "link back", hidden: true });
-    this.card = h("article", { class: "card" }, h("div", { class: "card-head" }, this.title, this.badge), this.layers,
-      this.device, this.reason, this.busy.element, this.memory.element, this.machine, this.gpu, this.phases, this.back);
+    this.card = h("article", { class: "card" }, h("div", { class: "card-head" }, this.title, this.numRanks, this.badge),
+      this.layers, this.device, this.reason, this.busy.element, this.memory.element, this.machine, this.gpu, this.ranks,
+      this.phases, this.back);
     this.element = h("li", { class: "stage" }, this.linkBox, this.card);
   }
 
@@ -209,6 +220,7 @@ class WorkerCard {
       [worker.weight_bytes / Math.max(limit, held), worker.kv_bytes / Math.max(limit, held)],
       `weights ${bytes(worker.weight_bytes)}, KV ${bytes(worker.kv_bytes)}${limit > 0 ? `, free ${bytes(free)}` : ""}`);
     this.#showMachine(report);
+    this.#showRanks(worker);
     this.#showPhases(worker);
     setText(this.link, linkWords(inLink));
     this.back.hidden = !isLast || !outLink;
@@ -218,13 +230,21 @@ class WorkerCard {
   #showMachine(report) {
     setText(this.machine, report === null ? "" : `CPU ${percent(report.cpu_utilization / 100)}, RAM ${bytes(report.memory_used_bytes)} of `
       + `${bytes(report.memory_total_bytes)}, this process ${bytes(report.process_memory_bytes)}`);
-    const parts = [];
-    if (report !== null && report.gpu_utilization !== null) parts.push(`GPU ${percent(report.gpu_utilization / 100)}`);
-    if (report?.gpu_memory_total_bytes) parts.push(`${bytes(report.gpu_memory_used_bytes)} of ${bytes(report.gpu_memory_total_bytes)}`);
-    if (Number.isFinite(report?.gpu_temperature_c ?? NaN)) parts.push(`${number(report.gpu_temperature_c)}\u202f\u00b0C`);
-    if (Number.isFinite(report?.gpu_power_w ?? NaN)) parts.push(`${number(report.gpu_power_w)}\u202fW`);
+    const parts = report === null ? [] : gpuParts(report);
     this.gpu.hidden = parts.length === 0;
     setText(this.gpu, parts.join(", "));
+  }
+
+  #showRanks({ num_ranks: number, ranks }) {
+    this.numRanks.hidden = number < 2;
+    setText(this.numRanks, number < 2 ? "" : `\u00d7 ${counted(number, "rank")}`);
+    this.ranks.hidden = ranks.length === 0;
+    arrange(this.rankList, ranks.map((load, index) => {
+      const item = this.rankList.children[index] ?? h("li");
+      const device = [load.device, load.device_name].filter(Boolean).join(" \u00b7 ");
+      setText(item, `Rank ${load.rank} on ${device}: ${[...gpuParts(load), `process ${bytes(load.process_memory_bytes)}`].join(", ")}`);
+      return item;
+    }));
   }
 
   #showPhases(worker) {
@@ -261,6 +281,15 @@ class WorkerCard {
     setText(this.phaseNote, found ? `Means of ${counted(found.numSteps, "step")} in the last ${duration(last.at - first.at)}.`
       : "No step in the last seconds.");
   }
+}
+
+function gpuParts(load) {
+  const parts = [];
+  if (load.gpu_utilization !== null) parts.push(`GPU ${percent(load.gpu_utilization / 100)}`);
+  if (load.gpu_memory_total_bytes) parts.push(`${bytes(load.gpu_memory_used_bytes)} of ${bytes(load.gpu_memory_total_bytes)}`);
+  if (Number.isFinite(load.gpu_temperature_c ?? NaN)) parts.push(`${number(load.gpu_temperature_c)}\u202f\u00b0C`);
+  if (Number.isFinite(load.gpu_power_w ?? NaN)) parts.push(`${number(load.gpu_power_w)}\u202fW`);
+  return parts;
 }
 
 function linkWords(link) {
