@@ -58,8 +58,8 @@ def matrix_rate(config_json: str, *, num_tokens: int) -> Rate:
         for size in SQUARE_SIZES:
             left, right = (_random(size, size) for _ in range(2))
             found.append(_rate(f"{size} x {size} squared", size**3, partial(torch.mm, left, right)))
-            wide = left.float(), right.float()
-            found.append(_rate(f"{size} x {size} squared, in float32", size**3, partial(torch.mm, *wide)))
+            widened = left.float(), right.float()
+            found.append(_rate(f"{size} x {size} squared, in float32", size**3, partial(torch.mm, *widened)))
         for inputs, outputs in ((hidden, wide), (wide, hidden), (hidden, heads)):
             x, weight = _random(num_tokens, inputs), _random(outputs, inputs)
             name, count = f"{num_tokens} x {inputs} x {outputs}", num_tokens * inputs * outputs
