@@ -365,3 +365,12 @@ def test_a_gpu_picks_what_a_cpu_picks(vocabulary):
     assert [[t for t, _ in p.top] for p in found] == [[t for t, _ in p.top] for p in expected]
     assert [p.logprob for p in found] == pytest.approx([p.logprob for p in expected], abs=1e-4)
     assert score(logits.cuda(), [1] * 37, [2] * 37)[5].top[0][0] == int(logits[5].argmax())
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0, 3000.0])
+def test_log_probabilities_are_right_however_far_apart_the_logits_are(spread):
+    logits = torch.randn(3, 50_000, generator=torch.Generator().manual_seed(5)) * spread
+    expected = logits.double().log_softmax(dim=-1)
+    for row, pick in enumerate(sample(logits, [SamplingParams()] * 3, [0] * 3)):
+        assert pick.token_id == int(logits[row].argmax())
+        assert pick.logprob == pytest.approx(float(expected[row, pick.token_id]), abs=1e-5)

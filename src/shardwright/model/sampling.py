@@ -29,6 +29,7 @@ _SPARE = 16  # sorted beyond those asked for: equal ones at the border are cut i
 _CHUNK = 1024  # summed first, so that a drawn token is looked for in one chunk's sums alone
 _LEAST_TEMPERATURE = 1e-6  # below it float32 can't divide; it is greedy long before
 _PIECE = 1 << 20  # logits whose exponentials are summed at once
+_LEAST_EXPONENT = -80.0  # of those: float32 underflows at -87
 _ROWS_AT_ONCE = 32  # of prompt scores: bounds the memory beside the logits
 
 Doubles: TypeAlias = NDArray[np.float64]
@@ -103,17 +104,33 @@ def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int
 
 
 def _picks(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[Pick]:
-    if logits.numel() <= _PIECE:
-        totals = logits.logsumexp(dim=-1)
-    else:  # piece by piece: what fits into caches takes a fifth of the time
-        count = max(_PIECE // logits.shape[1], 1)
-        parts = [logits[start : start + count] for start in range(0, len(logits), count)]
-        totals = torch.cat([part.logsumexp(dim=-1) for part in parts])
+    # piece by piece: what fits into caches takes a fifth of the time
+    count = max(_PIECE // logits.shape[1], 1)
+    parts = [_log_sums(logits[start : start + count]) for start in range(0, len(logits), count)]
+    totals = parts[0] if len(parts) == 1 else torch.cat(parts)
     logprobs = logits.gather(1, chosen[:, None])[:, 0] - totals
     tokens, scores, sums = _together(chosen, logprobs, totals)
     tops = _tops(logits, sums.view(np.float32), num_top) if any(num_top) else {}
     pairs = zip(tokens.tolist(), scores.view(np.float32).tolist(), strict=True)
     return [Pick(token, logprob, tops.get(row, ())) for row, (token, logprob) in enumerate(pairs)]
+
+
+def _log_sums(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, vocabulary] -> [rows]: the logarithm of the sum of the exponentials of each row.
+
+    As `logsumexp`, but terms below e^-80 of the largest count as that: of a million of them the sum still takes no
+    notice, and libraries compute exponentials that underflow ten times slower than others.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    sums = (logits - largest).clamp_(min=_LEAST_EXPONENT).exp_().sum(dim=-1)
+    return largest[:, 0] + sums.log_()
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, vocabulary] -> [rows]: where each row's largest value first stands."""
+    if logits.device.type == "cpu":  # numpy takes half the time
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def _together(*tensors: torch.Tensor) -> NDArray[np.int32]:
@@ -133,8 +150,8 @@ def _tops(logits: torch.Tensor, totals: NDArray[np.float32], num_top: Sequence[i
 
 
 def _greedy(logits: torch.Tensor, ruled: list[int], changed: torch.Tensor | None) -> torch.Tensor:
-    chosen = logits.argmax(dim=-1)
-    return chosen if changed is None else _replaced(chosen, ruled, changed.argmax(dim=-1))
+    chosen = _argmax(logits)
+    return chosen if changed is None else _replaced(chosen, ruled, _argmax(changed))
 
 
 def _replaced(chosen: torch.Tensor, rows: list[int], tokens: torch.Tensor) -> torch.Tensor:
