@@ -36,7 +36,7 @@ from shardwright.core.step_times import (
 )
 from shardwright.types import StageAssignment, StepId, StepInput, StepTiming, WorkerId
 
-MAX_GAP_RATIO = 2.3
+MAX_GAP_RATIO = 2.0
 """A decode's gap under prompts may be so many times its gap without: below the 3 that are promised."""
 
 _TRIPS_KEPT = 15
