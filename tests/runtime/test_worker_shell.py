@@ -597,6 +597,32 @@ async def test_a_master_whose_connection_broke_as_the_stage_was_ready_is_told_so
     assert await worker.client.process_layer(step(1), timeout_s=T), "the stage is held as before"
 
 
+async def test_a_load_whose_connection_broke_while_it_waited_for_the_old_stages_end_goes_on_over_the_next(worker):
+    await worker.load()
+    worker.stage.open_.clear()
+    link = Link(worker.client)
+    link.send(step(1))
+    replies = asyncio.ensure_future(collect(link.replies))
+    await eventually(worker.stage.began.is_set)
+    load = worker.stage_load(epoch=2, master_id="one")
+
+    def begin() -> asyncio.Task[object]:
+        return asyncio.ensure_future(send_stage(worker.client, load, worker.checkpoint, lambda _: None))
+
+    broken = begin()
+    await eventually(lambda: worker.shell._state.next_epoch == 2)
+    broken.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await broken
+    taken_up = begin()
+    await asyncio.sleep(0.05)
+    assert not taken_up.done(), "the old stage still computes"
+    worker.stage.open_.set()
+    await asyncio.wait_for(taken_up, T)
+    assert await worker.client.process_layer(step(1, epoch=2), timeout_s=T)
+    replies.cancel()
+
+
 async def test_a_sender_that_breaks_the_protocol_counts_as_an_error(worker):
     async def incoming() -> AsyncIterator[StepMessage]:
         yield step(1)

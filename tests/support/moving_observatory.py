@@ -7,6 +7,7 @@ come in chunks. What is told of a step comes a second late, as from real workers
 from __future__ import annotations
 
 import random  # noqa: TID251  seeded
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class MovingObservatory(FakeObservatory):
         self._waiting: list[StepPassage] = []  # steps whose stages are not told yet
         self._number = 0
         self._seq_id = 0
+        self._advancing = threading.RLock()  # the server's thread asks, and the test's
         self._epoch = 3
         self._stopped_at: float | None = None
         self.points = [self._point(began - 5 * n) for n in range(200, 0, -1)]
@@ -100,6 +102,10 @@ class MovingObservatory(FakeObservatory):
     # --- the work ----------------------------------------------------------------------------------
 
     def _advance(self) -> None:
+        with self._advancing:
+            self._advance_alone()
+
+    def _advance_alone(self) -> None:
         now = self._clock()
         while self._stopped_at is None and min(self._group_at) <= now:
             group = self._group_at.index(min(self._group_at))

@@ -84,6 +84,11 @@ class WorkerState:
         return self._last_epoch
 
     @property
+    def next_epoch(self) -> Epoch:
+        """Epoch of the stage that is built once the present one has ended; 0 where none waits for that."""
+        return 0 if self._next is None else self._next.epoch
+
+    @property
     def queue_depth(self) -> int:
         """Steps that wait for the compute thread; the one that computes is not among them."""
         return len(self._queue)

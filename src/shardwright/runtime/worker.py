@@ -492,8 +492,12 @@ class WorkerShell:
         """Let the core take the assignment and wait until an older stage is gone; False if it was refused."""
         epoch = load.assignment.epoch
         interrupted, self._interrupted = self._interrupted, None
-        if self._state.phase is StagePhase.LOADING and self._loading == load:
-            return True  # the same load over a new connection; the receiver ends what the old one still does
+        if self._loading == load:  # over a new connection
+            if self._state.phase is StagePhase.LOADING:
+                return True  # the receiver ends what the old one still does
+            if self._state.next_epoch == epoch:
+                await self._started(epoch)
+                return True
         if interrupted is not None:
             self._handle(LoadFailed(epoch=interrupted, reason="the master went on to another epoch"))
         last = self._state.last_epoch
@@ -501,14 +505,16 @@ class WorkerShell:
             reason = f"epoch {epoch} is not newer than {last}, which this worker has seen: another master uses it"
             await replies.put(LoadRefused(reason=reason))
             return False
-        start = self._load_starts.setdefault(epoch, asyncio.Event())
-        try:
-            self._loading = load
-            self._handle(Assigned(assignment=load.assignment))
-            await start.wait()
-        finally:
-            self._load_starts.pop(epoch, None)
+        self._loading = load
+        self._handle(Assigned(assignment=load.assignment))
+        await self._started(epoch)
         return True
+
+    async def _started(self, epoch: Epoch) -> None:
+        """Wait until the stage before this epoch's is gone. Calls of several connections may wait for the same."""
+        start = self._load_starts.setdefault(epoch, asyncio.Event())
+        await start.wait()
+        self._load_starts.pop(epoch, None)
 
     def _unload(self, epoch: Epoch) -> None:
         held = self._held
