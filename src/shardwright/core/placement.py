@@ -155,9 +155,9 @@ def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple
             Candidate(
                 order=order,
                 capacity=worker,
-                atto_per_byte=max(round(byte_s * ATTO), 1),
-                pace_per_byte=max(round(layer_s * ATTO), 1),
-                pace_per_head_byte=max(round(head_s * ATTO), 1),
+                atto_per_byte=_atto(byte_s),
+                pace_per_byte=_atto(layer_s),
+                pace_per_head_byte=_atto(head_s),
                 atto_link=round(worker.link_delay_s * ATTO),
                 sharing=len(groups[key]),
                 device_limit=limits[key],
@@ -165,6 +165,11 @@ def _sort_out(weights: StageWeights, workers: Sequence[WorkerCapacity]) -> tuple
             )
         )
     return found, left_out
+
+
+def _atto(seconds: float) -> int:
+    """In attoseconds, one at least, without what floats' rounding added: equal times have to stay equal in a tie."""
+    return max(round(float(f"{seconds:.12g}") * ATTO), 1)
 
 
 def _with_offload(usable: Sequence[Candidate]) -> list[Candidate]:
@@ -187,7 +192,7 @@ def _with_offload(usable: Sequence[Candidate]) -> list[Candidate]:
                 capacity=replace(capacity, memory_bytes=memory),
                 tracked=-1,
                 offload_limit=capacity.offload_bytes // len(peers) if peers else 0,
-                offload_atto_per_byte=max(round(ATTO / fastest), 1) if peers else 0,
+                offload_atto_per_byte=_atto(1 / fastest) if peers else 0,
                 offload_sharing=len(peers) or 1,
             )
         )
