@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 NO_GPU = "no NVIDIA GPU"
 NO_ERRORS = "nothing failed"
 NOBODY_WAITS = "no request waits"
+NO_RANKS = "no worker has ranks"
 EMPTY = {
     "overview: Errors by kind A": NO_ERRORS,
     "overview: GPU A": NO_GPU,
@@ -37,6 +38,10 @@ EMPTY = {
     "worker: GPU memory B": NO_GPU,
     "worker: GPU temperature and power A": NO_GPU,
     "worker: GPU temperature and power B": NO_GPU,
+    "worker: GPU of each rank A": NO_RANKS,
+    "worker: Memory of each rank A": NO_RANKS,
+    "worker: Memory of each rank B": NO_RANKS,
+    "worker: Memory of each rank C": NO_RANKS,
     "capacity: GPU A": NO_GPU,
     "capacity: GPU memory in use A": NO_GPU,
     "alert ShardwrightStageSaturated": NOBODY_WAITS,
