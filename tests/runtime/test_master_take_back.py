@@ -67,6 +67,11 @@ class Cluster:
     def cut(self, name):
         self.network.cut(self.addresses[name])
 
+    async def lose(self, name):
+        """Cut a worker off, and wait until the master has noticed."""
+        self.cut(name)
+        await until(lambda: self.status(name) == "lost")
+
     def mend(self, name):
         self.network.mend(self.addresses[name])
 
@@ -145,8 +150,7 @@ async def test_a_lost_worker_that_is_there_again_is_a_spare_without_its_old_stag
         [old_epoch] = lost.held
         cluster.pipeline.open_.clear()
         _, reader = await cluster.engine.submit((5,), GREEDY, StopConditions(max_new_tokens=30))
-        cluster.cut(victim)
-        await until(lambda: cluster.status(victim) == "lost")
+        await cluster.lose(victim)
         cluster.pipeline.open_.set()
         assert await answer_of(reader) == [6 + index for index in range(30)], "on the worker that is left"
         assert victim not in cluster.stages()
@@ -161,8 +165,7 @@ async def test_a_worker_is_lost_and_taken_back_any_number_of_times():
     async with two_workers() as cluster:
         for _ in range(3):
             victim = cluster.stages()[0]
-            cluster.cut(victim)
-            await until(lambda victim=victim: cluster.status(victim) == "lost")
+            await cluster.lose(victim)
             await until(cluster.engine.is_ready)
             cluster.mend(victim)
             await until(lambda victim=victim: cluster.status(victim) == "joining")
@@ -193,8 +196,7 @@ async def test_a_worker_that_serves_another_master_is_left_alone_until_it_is_fre
     async with two_workers() as cluster:
         victim = cluster.stages()[-1]
         lost = cluster.services[victim]
-        cluster.cut(victim)
-        await until(lambda: cluster.status(victim) == "lost")
+        await cluster.lose(victim)
         lost.description = replace(lost.description, in_use=True)
         cluster.mend(victim)
         await cluster.asked(victim, 3)
@@ -208,8 +210,7 @@ async def test_a_worker_of_another_version_is_not_taken_back():
     async with two_workers() as cluster:
         victim = cluster.stages()[-1]
         lost = cluster.services[victim]
-        cluster.cut(victim)
-        await until(lambda: cluster.status(victim) == "lost")
+        await cluster.lose(victim)
         lost.description = replace(lost.description, protocol_version=PROTOCOL_VERSION + 1)
         cluster.mend(victim)
         await cluster.asked(victim, 3)

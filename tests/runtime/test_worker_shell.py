@@ -294,6 +294,17 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def in_a_step(worker: Running) -> tuple[Link, asyncio.Future[list[object]]]:
+    """Give the worker a stage that computes its first step until `stage.open_` is set."""
+    await worker.load()
+    worker.stage.open_.clear()
+    link = Link(worker.client)
+    link.send(step(1))
+    replies = asyncio.ensure_future(collect(link.replies))
+    await eventually(worker.stage.began.is_set)
+    return link, replies
+
+
 # --- the vocabulary ------------------------------------------------------------------------------------------
 
 
@@ -598,12 +609,7 @@ async def test_a_master_whose_connection_broke_as_the_stage_was_ready_is_told_so
 
 
 async def test_a_load_whose_connection_broke_while_it_waited_for_the_old_stages_end_goes_on_over_the_next(worker):
-    await worker.load()
-    worker.stage.open_.clear()
-    link = Link(worker.client)
-    link.send(step(1))
-    replies = asyncio.ensure_future(collect(link.replies))
-    await eventually(worker.stage.began.is_set)
+    _, replies = await in_a_step(worker)
     load = worker.stage_load(epoch=2, master_id="one")
 
     def begin() -> asyncio.Task[object]:
@@ -654,12 +660,7 @@ async def test_a_report_takes_nothing_away(worker):
 
 
 async def test_the_machine_is_measured_in_turn_with_steps(worker):
-    await worker.load()
-    worker.stage.open_.clear()
-    link = Link(worker.client)
-    link.send(step(1))
-    replies = asyncio.ensure_future(collect(link.replies))
-    await eventually(worker.stage.began.is_set)
+    link, replies = await in_a_step(worker)
     measuring = asyncio.ensure_future(worker.client.measure_machine("bfloat16", timeout_s=T))
     await asyncio.sleep(0.05)
     assert not measuring.done()

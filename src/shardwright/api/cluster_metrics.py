@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from shardwright.engine import TextEngine
 from shardwright.observation import ClusterView, Histogram, WorkerView, phase_histogram
-from shardwright.types import FinishReason, HeartbeatReport
+from shardwright.types import FinishReason, HeartbeatReport, RankLoad
 
 PREFIX: Final = "shardwright_"
 MAX_KINDS: Final = 32  # of errors, that have a label of their own
@@ -236,14 +236,8 @@ class _Scrape:
         self._put("memory_used_bytes", report.memory_used_bytes, name)
         self._put("memory_total_bytes", report.memory_total_bytes, name)
         self._put("process_memory_bytes", report.process_memory_bytes, name)
-        gpu = (name, report.device)
-        if report.gpu_utilization is not None:
-            self._put("gpu_utilization_ratio", report.gpu_utilization / 100, *gpu)
-        self._put("gpu_memory_used_bytes", report.gpu_memory_used_bytes, *gpu)
-        self._put("gpu_memory_total_bytes", report.gpu_memory_total_bytes, *gpu)
-        self._put("gpu_temperature_celsius", report.gpu_temperature_c, *gpu)
-        self._put("gpu_power_watts", report.gpu_power_w, *gpu)
-        for load in report.ranks:
+        devices: tuple[HeartbeatReport | RankLoad, ...] = (report, *report.ranks)
+        for load in devices:
             gpu = (name, load.device)
             if load.gpu_utilization is not None:
                 self._put("gpu_utilization_ratio", load.gpu_utilization / 100, *gpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwright.core.pacing import MAX_GAP_RATIO
 from shardwright.errors import ConfigError
 from shardwright.types import Epoch
 
@@ -30,7 +31,7 @@ class CoreSettings:
     heartbeat_timeout_s: float = 10.0  # a worker that was heard once and is silent for longer is lost
     load_timeout_s: float = 3600.0  # from the assignments to the first token through the pipeline
     probe_interval_s: float | None = None  # an idle pipeline is tried with a token of the master's own; None: never
-    max_gap_ratio: float = 2.0  # most that prompts beside it may stretch a sequence's gap between tokens, about
+    max_gap_ratio: float = MAX_GAP_RATIO  # most that prompts may stretch a sequence's gap between tokens, about
     recover: bool = False  # on a lost worker: place again over what is left; else end every request with an error
     max_redeploys: int = 3  # recoveries in a row without one finished step before the master gives up
     retry_after_s: float = 5.0  # with `recover`: what was given up is tried again so long after, doubled each time

@@ -106,8 +106,7 @@ def score(logits: torch.Tensor, tokens: Sequence[TokenId], num_top: Sequence[int
 def _picks(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[Pick]:
     # piece by piece: what fits into caches takes a fifth of the time
     count = max(_PIECE // logits.shape[1], 1)
-    parts = [_log_sums(logits[start : start + count]) for start in range(0, len(logits), count)]
-    totals = parts[0] if len(parts) == 1 else torch.cat(parts)
+    totals = torch.cat([_log_sums(part) for part in torch.split(logits, count)])
     logprobs = logits.gather(1, chosen[:, None])[:, 0] - totals
     tokens, scores, sums = _together(chosen, logprobs, totals)
     tops = _tops(logits, sums.view(np.float32), num_top) if any(num_top) else {}

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import psutil
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from shardwright.model.product import Product
+
+    _Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor], object]  # two square matrices
 
 _MIB = 1024**2
 
@@ -205,7 +207,7 @@ def measure_speed(
         with torch.inference_mode():
             # One thread first, to learn what size fits the time: several on a busy machine wait for each other.
             torch.set_num_threads(1)
-            products: list[Callable[[torch.Tensor, torch.Tensor], object]] = [torch.matmul]
+            products: list[_Multiply] = [torch.matmul]
             own = _own_product(device, dtype, kernel_dir)
             if own is not None:
                 products.append(functools.partial(own.linear, bias=None))
@@ -245,9 +247,7 @@ def _own_product(device: torch.device, dtype: str, kernel_dir: Path | None) -> P
     return product if product is not None and product.can_multiply(getattr(torch, dtype)) else None
 
 
-def _best_rate(
-    device: torch.device, dtype: str, product: Callable[[torch.Tensor, torch.Tensor], object], rate: float
-) -> float:
+def _best_rate(device: torch.device, dtype: str, product: _Multiply, rate: float) -> float:
     """The best rate of a product, tried on larger matrices for as long as that takes no time worth naming."""
     for size, limit_s in ((1024, 0.4), (4096, 0.05)):
         if 2 * size**3 / rate > limit_s:
@@ -256,9 +256,7 @@ def _best_rate(
     return rate
 
 
-def _matrix_rate(
-    device: torch.device, size: int, dtype: str, product: Callable[[torch.Tensor, torch.Tensor], object]
-) -> float:
+def _matrix_rate(device: torch.device, size: int, dtype: str, product: _Multiply) -> float:
     """Operations/s of a square product."""
     import torch
 

@@ -438,15 +438,15 @@ async def open_session(
         place(model.costs, capacities, placement_settings(config, model.costs))  # raises before anything starts
         check_free(known)
         clients = {worker.worker_id: worker.client for worker in known}
+        # A stage is told the address that was registered, whatever way the master itself takes to that worker.
+        addresses = {worker_id: entry.address for worker_id, entry in zip(name_workers(entries), entries, strict=True)}
         if config.recover:  # who does not answer now may later
-            for worker_id, entry in zip(name_workers(entries), entries, strict=True):
+            for worker_id, address in addresses.items():
                 if worker_id not in clients:
-                    clients[worker_id] = transport.connect(entry.address)
+                    clients[worker_id] = transport.connect(address)
                     stack.push_async_callback(clients[worker_id].close)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
         tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
-        # A stage is told the address that was registered, whatever way the master itself takes to that worker.
-        addresses = {worker_id: entry.address for worker_id, entry in zip(name_workers(entries), entries, strict=True)}
         sender = _StageSender(model, tokenizer, addresses, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),

@@ -33,13 +33,4 @@ def stage_builder(fields: Mapping[str, Any]) -> partial[Stage]:
     """
     from shardwright.model.stage import build_stage
 
-    return partial(
-        build_stage,
-        config_json=fields["config_json"],
-        layers=LayerRange(*fields["layers"]),
-        is_first=fields["is_first"],
-        is_last=fields["is_last"],
-        dtype=fields["dtype"],
-        num_blocks=fields["num_blocks"],
-        block_size=fields["block_size"],
-    )
+    return partial(build_stage, **{**fields, "layers": LayerRange(*fields["layers"])})

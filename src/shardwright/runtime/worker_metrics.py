@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from shardwright import __version__
 from shardwright.errors import AddressInUseError, ConfigError, ShardwrightError
-from shardwright.types import PHASE_BUCKETS_S, HeartbeatReport, LayerRange, PhaseTimes
+from shardwright.types import PHASE_BUCKETS_S, HeartbeatReport, LayerRange, PhaseTimes, RankLoad
 
 PREFIX: Final = "shardwright_node_"
 CLIENT_TIMEOUT_S: Final = 10.0
@@ -210,13 +210,8 @@ class _Scrape:
             self._put("link_round_trip_seconds", link.round_trip_s, link.peer)
 
     def _machine(self, report: HeartbeatReport) -> None:
-        if report.gpu_utilization is not None:
-            self._put("gpu_utilization_ratio", report.gpu_utilization / 100, report.device)
-        self._put("gpu_memory_used_bytes", report.gpu_memory_used_bytes, report.device)
-        self._put("gpu_memory_total_bytes", report.gpu_memory_total_bytes, report.device)
-        self._put("gpu_temperature_celsius", report.gpu_temperature_c, report.device)
-        self._put("gpu_power_watts", report.gpu_power_w, report.device)
-        for load in report.ranks:
+        devices: tuple[HeartbeatReport | RankLoad, ...] = (report, *report.ranks)
+        for load in devices:
             if load.gpu_utilization is not None:
                 self._put("gpu_utilization_ratio", load.gpu_utilization / 100, load.device)
             self._put("gpu_memory_used_bytes", load.gpu_memory_used_bytes, load.device)
