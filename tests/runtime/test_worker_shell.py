@@ -9,11 +9,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from shardwright.errors import FrameError, LinkLostError, ShardwrightError, StageLoadError, WorkerUnreachableError
+from shardwright.errors import (
+    ClusterError,
+    FrameError,
+    LinkLostError,
+    ShardwrightError,
+    StageLoadError,
+    WorkerUnreachableError,
+)
 from shardwright.model import stage as stage_module
 from shardwright.model.offload import OffloadCounts
 from shardwright.model.stage import StageOutput
@@ -579,6 +587,21 @@ async def test_a_ping_that_is_never_answered_holds_up_no_step(pair, monkeypatch)
     link.send(None)
     await replies
     await results.aclose()
+
+
+@pytest.mark.parametrize(("error", "with_traceback"), [(ClusterError("a rank is gone"), False), (KeyError(), True)])
+async def test_a_failed_step_is_logged_with_where_in_the_code_unless_the_error_says_what_happened(
+    pair, caplog, monkeypatch, error, with_traceback
+):
+    first, _ = pair
+    monkeypatch.setattr(first.stage, "forward", Mock(side_effect=error))
+    link = Link(first.client)
+    link.send(step(1))
+    assert str(error) in (await asyncio.wait_for(anext(link.replies), T)).reason
+    (record,) = [each for each in caplog.records if "step 1 of epoch 1 failed" in each.getMessage()]
+    assert str(error) in record.getMessage()
+    assert bool(record.exc_info) is with_traceback
+    await link.replies.aclose()
 
 
 async def test_errors_are_counted_by_kind(pair):

@@ -54,6 +54,8 @@ _END_TIMEOUT_S = 2.0
 _CAUSE_S = 0.5
 """How long a sum that breaks waits for the news of the rank that broke it."""
 
+_GONE = "a rank of this worker is gone"
+
 
 @dataclass(slots=True)
 class _Process:
@@ -370,7 +372,7 @@ class Ranks:
                 self._gone()
 
     def _gone(self) -> NoReturn:
-        raise ClusterError("a rank of this worker is gone")
+        raise ClusterError(_GONE)
 
     def _collect(self, timeout_s: float | None = None) -> list[dict[str, Any]]:
         """Every rank's answer. Raises the first error that one gave, after all have answered."""
@@ -468,8 +470,9 @@ class Ranks:
                 group.share(tensor.to(group.device))
             yield
         except Exception as exc:
-            if not self._over.wait(_CAUSE_S):
-                self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
+            if self._over.wait(_CAUSE_S):
+                raise ClusterError(_GONE) from exc  # what the transport says of it is a consequence
+            self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
             raise
         finally:
             self._leading = None

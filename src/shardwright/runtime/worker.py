@@ -576,7 +576,8 @@ class WorkerShell:
         exc = future.exception()  # the top of the step: whatever went wrong becomes an event
         if exc is not None:
             self._errors.add(type(exc))
-            log.error("step %d of epoch %d failed", key[1], key[0], exc_info=exc)
+            known = isinstance(exc, ShardwrightError)  # it says what happened: where in the code is of no use
+            log.error("step %d of epoch %d failed: %s", key[1], key[0], exc, exc_info=None if known else exc)
             self._handle(StepErrored(epoch=key[0], step=key[1], reason=f"{type(exc).__name__}: {exc}"))
             return
         self._outbox[key] = future.result()

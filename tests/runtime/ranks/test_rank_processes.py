@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from real_processes import eventually
 
-from shardwright.errors import ConfigError
+from shardwright.errors import ClusterError, ConfigError
 from shardwright.runtime.rank_channel import Channel, Kind
 from shardwright.runtime.ranks import Ranks, rank_devices
+from shardwright.types import StepInput
 
 PROGRAM = """
 import time
+from types import SimpleNamespace
 from shardwright.runtime.ranks import Ranks
 ranks = Ranks(devices=["cpu"] * 3, threads=1, on_lost=print, say=print)
 while len(ranks.loads()) < 2:
@@ -56,6 +59,24 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(watched):
     what = lost.get(timeout=10)
     assert what.startswith(f"rank 2 (process {ranks.pids[1]}, cpu) ended with signal SIGKILL")
     assert "can't compute" in what
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_step_whose_sum_breaks_since_a_rank_is_gone_names_the_rank(watched, monkeypatch, killed):
+    """What the transport says of the broken connection is no news to anybody; a fault of rank 0's own is."""
+    ranks, lost = watched
+    monkeypatch.setattr(ranks, "_group", SimpleNamespace(waits=True))
+    monkeypatch.setattr(ranks, "_tell", lambda *_: None)  # they hold no stage
+    beating(ranks)
+    expected = (ClusterError, "a rank of this worker is gone") if killed else (ConnectionError, "reset by peer")
+    with pytest.raises(expected[0], match=expected[1]), ranks._lead(1, StepInput(epoch=1, step=1, slices=()), {}):
+        if killed:
+            os.kill(ranks.pids[1], signal.SIGKILL)
+        raise ConnectionError("reset by peer")
+    what = lost.get(timeout=10)
+    assert (
+        "ended with signal SIGKILL" if killed else "rank 0 failed in a step: ConnectionError: reset by peer"
+    ) in what
 
 
 def test_a_rank_that_stands_still_is_noticed_once(watched):
