@@ -69,10 +69,15 @@ def test_a_step_whose_sum_breaks_since_a_rank_is_gone_names_the_rank(watched, mo
     monkeypatch.setattr(ranks, "_tell", lambda *_: None)  # they hold no stage
     beating(ranks)
     expected = (ClusterError, "a rank of this worker is gone") if killed else (ConnectionError, "reset by peer")
-    with pytest.raises(expected[0], match=expected[1]), ranks._lead(1, StepInput(epoch=1, step=1, slices=()), {}):
-        if killed:
-            os.kill(ranks.pids[1], signal.SIGKILL)
-        raise ConnectionError("reset by peer")
+
+    def break_a_step():
+        with ranks._lead(1, StepInput(epoch=1, step=1, slices=()), {}):
+            if killed:
+                os.kill(ranks.pids[1], signal.SIGKILL)
+            raise ConnectionError("reset by peer")
+
+    with pytest.raises(expected[0], match=expected[1]):
+        break_a_step()
     what = lost.get(timeout=10)
     assert (
         "ended with signal SIGKILL" if killed else "rank 0 failed in a step: ConnectionError: reset by peer"
