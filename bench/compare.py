@@ -4,8 +4,9 @@
     python bench/compare.py --model smollm2     one of them
     python bench/compare.py --json out.json     the figures for machines
 
-All three are loaded at once and measured in turn, round after round, so that drift of the machine hits all alike;
-the figures are medians over the rounds. Needs about 20 GB of memory for Gemma-2B's shape.
+All three are loaded at once and measured in turn, round after round, so that drift of the machine hits all alike.
+Rates are medians over the rounds; so are ratios, each taken within its round. Needs about 20 GB of memory for
+Gemma-2B's shape.
 """
 
 from __future__ import annotations
@@ -220,6 +221,12 @@ async def compare(name: str, path: Path, rounds: int, new_tokens: int, options: 
     }
 
 
+def ratio(result: dict[str, Any], field: str, way: str, to: str) -> float:
+    """The median over the rounds of one way's figure over another's in the same round."""
+    pairs = zip(result["rounds"][way], result["rounds"][to], strict=True)
+    return statistics.median(mine[field] / its[field] for mine, its in pairs)
+
+
 def show(result: dict[str, Any]) -> None:
     """Print one model's table with ratios and floors."""
     whole, one, two = (result["medians"][way] for way in ("transformers", "one stage", "two stages"))
@@ -233,7 +240,8 @@ def show(result: dict[str, Any]) -> None:
     for title, field in rows:
         print(
             f"{title:<28}{whole[field]:>14.1f}{one[field]:>12.1f}{two[field]:>12.1f}"
-            f"{one[field] / whole[field]:>11.2f}{two[field] / one[field]:>9.2f}"
+            f"{ratio(result, field, 'one stage', 'transformers'):>11.2f}"
+            f"{ratio(result, field, 'two stages', 'one stage'):>9.2f}"
         )
     limit = result["decode_limit"]
     print(
@@ -243,12 +251,13 @@ def show(result: dict[str, Any]) -> None:
     )
     print(f"hop of one decode step's activation, there and acknowledged: {result['hop_median_s'] * 1e3:.2f} ms")
     floors = (
-        ("two stages / one stage, 1 sequence", two["decode_1"] / one["decode_1"], 0.9),
-        ("two stages / one stage, 8 requests", two["total_8"] / one["total_8"], 1.0),
-        ("one stage / transformers, 1 sequence", one["decode_1"] / whole["decode_1"], 1.0),
-        ("one stage / transformers, 8 requests", one["total_8"] / whole["total_8"], 4.0),
+        ("two stages / one stage, 1 sequence", ("decode_1", "two stages", "one stage"), 0.9),
+        ("two stages / one stage, 8 requests", ("total_8", "two stages", "one stage"), 1.0),
+        ("one stage / transformers, 1 sequence", ("decode_1", "one stage", "transformers"), 1.0),
+        ("one stage / transformers, 8 requests", ("total_8", "one stage", "transformers"), 4.0),
     )
-    for title, value, floor in floors:
+    for title, (field, way, to), floor in floors:
+        value = ratio(result, field, way, to)
         print(f"  {title:<40}{value:>6.2f}  floor {floor:.1f}  {'reached' if value >= floor else 'MISSED'}")
 
 
@@ -256,7 +265,12 @@ def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["gemma-2b", "smollm2", "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds after one that warms up")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=0,
+        help="measured rounds after one that warms up (default: 3 for Gemma-2B, 9 for SmolLM2, whose steps are short)",
+    )
     parser.add_argument("--new-tokens", type=int, default=0, help="per request (default: 32 for Gemma-2B, 64 else)")
     parser.add_argument("--worker-threads", type=int, default=0, help="threads of each worker (default: all cores)")
     parser.add_argument("--json", type=Path, default=None, help="write all figures here")
@@ -272,14 +286,14 @@ def main() -> None:
         files = resolve_model("smollm2-135m", cache_dir=default_cache_dir(), progress=Quiet().downloading)
         results.append(
             asyncio.run(
-                compare("SmolLM2-135M", files.weights[0], arguments.rounds, arguments.new_tokens or 64, options)
+                compare("SmolLM2-135M", files.weights[0], arguments.rounds or 9, arguments.new_tokens or 64, options)
             )
         )
         show(results[-1])
     if arguments.model in ("gemma-2b", "all"):
         folder = make_gemma_2b(default_cache_dir() / "bench" / "gemma-2b-shape")
         results.append(
-            asyncio.run(compare("Gemma-2B's shape", folder, arguments.rounds, arguments.new_tokens or 32, options))
+            asyncio.run(compare("Gemma-2B's shape", folder, arguments.rounds or 3, arguments.new_tokens or 32, options))
         )
         show(results[-1])
     if arguments.json is not None:

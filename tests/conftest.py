@@ -1,14 +1,31 @@
 """What all tests share: those that need a GPU are left out, and said to be, where there is none."""
 
+import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
+
+KERNELS = "TEST_KERNELS"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that they
     # start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of this run find one folder of compiled kernels (`real_processes.py`); xdist's inherit it."""
+    if not hasattr(config, "workerinput"):
+        os.environ[KERNELS] = tempfile.mkdtemp(prefix="shardwright-test-kernels-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it; the tests are over."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(KERNELS), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

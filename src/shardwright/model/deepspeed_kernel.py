@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import io
 import os
 import signal
@@ -28,6 +29,14 @@ from shardwright.model.kernel_build import cpu_identity, locked, run_build
 
 _KERNEL = "deepspeed_shm_comm"
 _BUILT = "built"
+
+
+def check_deepspeed() -> None:
+    """Raise `ConfigError` where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "--tensor-parallel needs DeepSpeed, which is not installed; pip install 'shardwright[deepspeed]'"
+        )
 
 
 def build_kernel(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import mmap
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Linears:
     packs: bool = False  # for oneDNN
     product: Product | None = None  # or our own kernel
     product_rows: int = 0  # at up to so many rows; above, torch's product is faster on the same weight
+    kernel: Product | None = None  # the same kernel for what is no product, whichever form is the fastest
 
 
 class KernelLinear(nn.Module):
@@ -167,9 +168,9 @@ def _choose(dtype: torch.dtype, num_threads: int, kernel_dir: Path | None) -> Li
     with torch.inference_mode():
         seconds = _time_few_rows(dtype, product, packs=packs)
         best = min(seconds, key=lambda form: seconds[form])
-        chosen = Linears(dtype=dtype, packs=best == "packed")
+        chosen = Linears(dtype=dtype, packs=best == "packed", kernel=product)
         if best == "own kernel":
-            chosen = Linears(dtype=dtype, product=product, product_rows=_rows_for(dtype, product))
+            chosen = replace(chosen, product=product, product_rows=_rows_for(dtype, product))
     log.info(
         "linear layers in %s with %d threads: %s is the fastest (%s); own kernel for up to %s rows",
         str(dtype).removeprefix("torch."),

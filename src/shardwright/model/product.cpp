@@ -1,4 +1,4 @@
-// Products of activations with 16-bit weights on a CPU, from the weights' plain row-major order.
+// Products of activations with 16-bit weights on a CPU, from the weights' plain row-major order, and the norm before them.
 //
 // y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once.
 //
@@ -45,13 +45,17 @@ enum : long {
     FEW_ROWS = 12,      // up to so many rows of x, each weight is read once, in the order of memory
 };
 
-// How many rows of w a tile of so many rows of x takes: as many sums as the registers hold.
+// How many rows of w a tile of so many rows of x takes: as many sums as the registers hold. Where a single row of x meets
+// rows of w that are shorter than SHORT_K, one at a time is faster: then memory is read in its order, which the CPU sees
+// coming, and needs no telling.
 template <int MR>
 struct Width {
 #if defined(__AVX512F__) || defined(__aarch64__)
-    enum { value = MR == 1 ? 8 : MR == 2 ? 8 : 6 };
+    enum { value = MR == 1 ? 8 : MR == 2 ? 8 : 6, SHORT_K = 0, PREFETCHES = 1 };
+#elif defined(__AVX__)
+    enum { value = MR == 1 ? 8 : MR == 2 ? 4 : 3, SHORT_K = MR == 1 ? 1024 : 0, PREFETCHES = MR > 1 };
 #else
-    enum { value = MR == 1 ? 4 : MR == 2 ? 4 : 3 };
+    enum { value = MR == 1 ? 4 : MR == 2 ? 4 : 3, SHORT_K = 0, PREFETCHES = 1 };
 #endif
 };
 
@@ -79,8 +83,8 @@ struct BFloat16 {
     INLINE uint16_t from_float(float value) {  // to the nearest, ties to even
         uint32_t word;
         memcpy(&word, &value, 4);
-        if ((word & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(word >> 16 | 0x40);  // not a number
-        return (uint16_t)((word + 0x7fffu + (word >> 16 & 1)) >> 16);
+        const uint32_t rounded = (word + 0x7fffu + (word >> 16 & 1)) >> 16;
+        return (uint16_t)((word & 0x7fffffffu) > 0x7f800000u ? word >> 16 | 0x40 : rounded);  // or not a number
     }
 };
 
@@ -230,7 +234,7 @@ static void stream_tile(const Job &job, long m, long n, long part, long parts) {
     for (int r = 0; r < NR; r++) ahead[r] = w + (r % parts == part ? r + NR : r) * job.w_stride;
     float totals[MR][NR] = {};
     for (long begin = 0; begin < job.k; begin += K_PIECE)
-        multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
+        multiply_piece<Kind, MR, NR>(job, w, x, begin, Width<MR>::PREFETCHES ? ahead : nullptr, totals);
     for (int i = 0; i < MR; i++)
         for (int r = 0; r < NR; r++) store<Kind>(job, m + i, n + r, totals[i][r]);
 }
@@ -287,7 +291,10 @@ static void pass_block(const Job &job, long m, long m_end, long n, long n_end) {
         for (long r = n; r < n_end; r++) store<Kind>(job, i, r, totals[(i - m) * N_BLOCK + r - n]);
 }
 
-INLINE long take(Job &job) { return __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED); }
+template <class Work>
+INLINE long take(Work &work) {
+    return __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
+}
 
 template <class Kind>
 static void multiply_items(void *data) {
@@ -300,7 +307,8 @@ static void multiply_items(void *data) {
             if (widest == 4) stream_block<Kind, Width<4>::value>(job, begin, end);
             else if (widest == 3) stream_block<Kind, Width<3>::value>(job, begin, end);
             else if (widest == 2) stream_block<Kind, Width<2>::value>(job, begin, end);
-            else stream_block<Kind, Width<1>::value>(job, begin, end);
+            else if (job.k >= Width<1>::SHORT_K) stream_block<Kind, Width<1>::value>(job, begin, end);
+            else stream_block<Kind, 1>(job, begin, end);
         }
         return;
     }
@@ -372,6 +380,86 @@ static int multiply(Job &job, Parallel parallel, long threads) {
     run(parallel, multiply_items<Kind>, job, is_small ? 1 : threads);
     if (num_bytes > KEPT_BYTES) free(room);
     return 0;
+}
+
+// One root-mean-square norm (Zhang and Sennrich, 2019): what all threads share.
+struct Norm {
+    const uint16_t *x;       // [rows][size], contiguous
+    const uint16_t *weight;  // [size]
+    uint16_t *y;             // as x
+    long rows, size;
+    float epsilon;
+    int form;
+    long next;  // the next row that no thread has taken
+};
+
+// Where families round, and what they multiply by.
+enum : int {
+    ROUNDED_TWICE = 0,   // round(weight * round(x / rms)): Llama's
+    ONE_PLUS_WEIGHT = 1,  // round((1 + weight) * x / rms): Gemma's
+    ROUNDED_ONCE = 2,    // round(weight * x / rms): OLMo 2's
+};
+
+template <class Kind>
+static void norm_row(const Norm &norm, const uint16_t *x, uint16_t *y) {
+    // Pieces of a fixed size stay in registers and caches, and need no memory of their own.
+    enum : long { PIECE = 512 };
+    float wide[PIECE] __attribute__((aligned(64)));
+    Floats sums[4] = {};
+    for (long begin = 0; begin < norm.size; begin += PIECE) {
+        const long count = norm.size - begin < PIECE ? norm.size - begin : PIECE;
+        const long padded = (count + 4 * LANES - 1) / (4 * LANES) * (4 * LANES);
+        for (long k = 0; k < count; k++) wide[k] = Kind::to_float(x[begin + k]);
+        for (long k = count; k < padded; k++) wide[k] = 0.0f;
+        for (long k = 0; k < padded; k += 4 * LANES)
+            for (long i = 0; i < 4; i++) {
+                const Floats value = *(const Floats *)(wide + k + i * LANES);
+                sums[i] += value * value;
+            }
+    }
+    const float mean = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)norm.size;
+    const float scale = 1.0f / __builtin_sqrtf(mean + norm.epsilon);
+    const uint16_t *weight = norm.weight;
+    if (norm.form == ROUNDED_TWICE)
+        for (long k = 0; k < norm.size; k++) {
+            const float once = Kind::to_float(Kind::from_float(Kind::to_float(x[k]) * scale));
+            y[k] = Kind::from_float(Kind::to_float(weight[k]) * once);
+        }
+    else if (norm.form == ONE_PLUS_WEIGHT)
+        for (long k = 0; k < norm.size; k++)
+            y[k] = Kind::from_float(Kind::to_float(x[k]) * scale * (1.0f + Kind::to_float(weight[k])));
+    else
+        for (long k = 0; k < norm.size; k++)
+            y[k] = Kind::from_float(Kind::to_float(weight[k]) * (Kind::to_float(x[k]) * scale));
+}
+
+template <class Kind>
+static void norm_rows(void *data) {
+    Norm &norm = *(Norm *)data;
+    for (long row = take(norm); row < norm.rows; row = take(norm))
+        norm_row<Kind>(norm, norm.x + row * norm.size, norm.y + row * norm.size);
+}
+
+template <class Kind>
+static int normalise(Norm &norm, Parallel parallel, long threads) {
+    norm.next = 0;
+    if (threads > norm.rows) threads = norm.rows;
+    if (threads > 1 && parallel && norm.rows * norm.size >= 65536)
+        parallel(norm_rows<Kind>, &norm, (unsigned)threads, 0);
+    else
+        norm_rows<Kind>(&norm);
+    return 0;
+}
+
+// Nonzero: a kind that this machine can't widen.
+extern "C" int shardwright_rms_norm(const void *x, const void *weight, void *y, long rows, long size, float epsilon,
+                                    int form, int kind, long threads, Parallel parallel) {
+    Norm norm = {(const uint16_t *)x, (const uint16_t *)weight, (uint16_t *)y, rows, size, epsilon, form, 0};
+    if (kind == 0) return normalise<BFloat16>(norm, parallel, threads);
+#if defined(HAS_FLOAT16)
+    if (kind == 1) return normalise<Float16>(norm, parallel, threads);
+#endif
+    return 2;
 }
 
 // Nonzero: no memory, or a kind that this machine can't widen. kind 0 is bfloat16, 1 is float16.

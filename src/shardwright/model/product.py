@@ -1,4 +1,4 @@
-"""Products with 16-bit weights on a CPU by a kernel of our own (`product.cpp`), compiled on the machine that uses it.
+"""Products with 16-bit weights, and norms, on a CPU by a kernel of our own (`product.cpp`), compiled where it is used.
 
 Knows a compiler, a folder and one function; nothing of models. Where there is no compiler, or anything else is in the
 way, there is no kernel, and whoever asked goes on with torch's products.
@@ -29,6 +29,9 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fno-math-errno")
 BUILD_TIMEOUT_S = 120.0
 
+FORMS = (0, 1, 2)
+"""Of a root-mean-square norm: `product.cpp` says which rounds where, and which adds 1 to the weight."""
+
 _KINDS = {torch.bfloat16: 0, torch.float16: 1}
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,11 @@ class Product:
         self._multiply.argtypes = [
             *(pointer, long, pointer, long, pointer, pointer),
             *(long, long, long, ctypes.c_int, long, pointer),
+        ]
+        self._norm: Any = library.shardwright_rms_norm
+        self._norm.argtypes = [
+            *(pointer, pointer, pointer),
+            *(long, long, ctypes.c_float, ctypes.c_int, ctypes.c_int, long, pointer),
         ]
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -87,6 +95,30 @@ class Product:
         )
         if status:
             raise MemoryError(f"no memory for {rows} rows of {k} values in float32")
+        return y
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, form: int) -> torch.Tensor:
+        """[..., size], [size] -> [..., size], of one dtype and on the CPU; `weight` is contiguous.
+
+        `form` is one of `FORMS`.
+        A row's result is the same whatever rows it comes with.
+        """
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        size = weight.numel()
+        rows = x.numel() // size if size else 0
+        self._norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            rows,
+            size,
+            epsilon,
+            form,
+            _KINDS[weight.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
         return y
 
     def can_multiply(self, dtype: torch.dtype) -> bool:

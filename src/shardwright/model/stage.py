@@ -24,6 +24,7 @@ from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_con
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
+from shardwright.model.norm import swap_norm
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
 from shardwright.model.probe import KeyPath
 from shardwright.model.rank_plan import RankPlan, plan_ranks
@@ -107,7 +108,8 @@ def build_stage(
         if group is not None and ranks is not None and (linears.packs or linears.product is not None):
             name = plain_linear(model, name, ranks, group)
         if offloading is None or not offloading.holds(name):
-            pack_linear(model, name, linears)
+            if not pack_linear(model, name, linears):
+                swap_norm(model, name, linears)
             return
         pack_linear(model, name, replace(linears, packs=False))  # packed, it has no bytes to read into a buffer
         offloading.take_if_complete(name)

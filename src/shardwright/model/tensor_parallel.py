@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import re
 import socket
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.errors import ConfigError
 from shardwright.model.deepspeed_kernel import import_deepspeed, load_kernel, quiet_deepspeed
 from shardwright.model.families import FamilyPlan
 from shardwright.model.rank_plan import RankPlan, apply_shapes, hook_joint_norm, patch_head_counts
@@ -30,14 +28,6 @@ from shardwright.types import LayerRange
 _ADDRESS = "127.0.0.1"
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
 """No limit of its own: whoever started the ranks watches them, and an idle worker may wait for its next step."""
-
-
-def check_deepspeed() -> None:
-    """Raise `ConfigError` where DeepSpeed is not installed."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "--tensor-parallel needs DeepSpeed, which is not installed; pip install 'shardwright[deepspeed]'"
-        )
 
 
 class RankGroup:

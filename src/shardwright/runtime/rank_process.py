@@ -58,6 +58,8 @@ class Rank:
         """Do what rank 0 says until it is gone."""
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="beats", daemon=True).start()
+        import shardwright.model.stage  # noqa: F401  takes seconds, in which rank 0 has the same to do
+
         while True:
             message = self._inbox.get()
             match message.kind:
@@ -147,7 +149,6 @@ class Rank:
         )
         if self._device.type == "cuda":
             self._gpu = GpuWatch(GpuProbe(gpu_address(self._device), nvml=load_nvml()))
-        import shardwright.model.stage  # noqa: F401  takes seconds; a stage is then built without waiting for it
 
         memory = device_memory(self._device)
         return {

@@ -206,7 +206,8 @@ class Ranks:
         """
         import torch
 
-        from shardwright.model.tensor_parallel import check_deepspeed, join_group
+        from shardwright.model.deepspeed_kernel import check_deepspeed
+        from shardwright.model.tensor_parallel import join_group
 
         check_deepspeed()
         torch.set_num_threads(self.threads)

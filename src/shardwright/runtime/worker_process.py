@@ -136,7 +136,7 @@ def _start_ranks(
     """The other ranks' processes. They end with the thread that starts them: the event loop's."""
     if config.tensor_parallel == 1:
         return None
-    from shardwright.model.tensor_parallel import check_deepspeed
+    from shardwright.model.deepspeed_kernel import check_deepspeed
     from shardwright.runtime.measure import usable_cores
     from shardwright.runtime.ranks import Ranks, rank_devices
 

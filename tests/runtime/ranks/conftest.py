@@ -18,7 +18,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     lost: list[str] = []
     two = Ranks(devices=["cpu", "cpu"], threads=1, on_lost=lost.append, say=print)
     try:
-        two.join(kernels=tmp_path_factory.mktemp("kernels"), all_reduce="gloo")
+        two.join(
+            kernels=tmp_path_factory.mktemp("kernels"), all_reduce="gloo", kernel_dir=tmp_path_factory.mktemp("linear")
+        )
         yield two
     finally:
         two.close()
