@@ -60,16 +60,18 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self._linear = product.linear
         self._product_rows = product_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        weight = self.weight
+        # `self.weight` would ask the module's class first and take as long as half of the call into the kernel.
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        assert weight is not None
         if x.dtype != weight.dtype or x.numel() > self._product_rows * self.in_features:
-            return functional.linear(x, weight, self.bias)
-        return self._linear(x, weight, self.bias)
+            return functional.linear(x, weight, bias)
+        return self._linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         """As `nn.Linear` prints itself."""
