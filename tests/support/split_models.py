@@ -72,6 +72,7 @@ class SplitModel:
         device: str = "cpu",
         vocabulary: bytes | None = None,
         offload: Callable[[LayerRange], OffloadPlan | None] = lambda layers: None,  # noqa: ARG005
+        kernel_dir: Path | None = None,
     ) -> None:
         config_json = (folder / "config.json").read_text()
         num_layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
@@ -93,6 +94,7 @@ class SplitModel:
                 progress=self.progress.append,
                 vocabulary=vocabulary,
                 offload=offload(layers),
+                kernel_dir=kernel_dir,
             )
             for layers in even_cuts(num_layers, num_stages)
         ]

@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from shardwright.errors import UnsupportedModelError
 from shardwright.model.devices import to_device
 from shardwright.model.kv_cache import LayerCache
+from shardwright.model.product import Product
 from shardwright.types import BlockId, SequenceSlice
 
 ATTENTION_NAME = "shardwright_paged"
@@ -121,6 +122,14 @@ class _Group:
     mask: torch.Tensor | None  # [sequences, 1, queries, keys] of 0 and -inf, in the compute dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """Sequences of a step with one new token each, for our own kernel, as seen through one window."""
+
+    num_sequences: int
+    table: torch.Tensor  # as `Product.attend` reads it
+
+
 _Draft: TypeAlias = Callable[[torch.Tensor], _Group]
 """Makes a group once the step's integers lie on the device."""
 
@@ -148,6 +157,9 @@ class StepBatch:
     whose logits are needed (None: no row's). Groups of sequences and their masks are made for each of `windows`, and
     shared by the layers that have it. Everything that a layer needs is on the device before the first one starts:
     on a GPU the host must not wait between layers.
+
+    With a `kernel` (`product.py`), sequences with one new token are in none of the groups: it attends them where their
+    blocks lie.
     """
 
     def __init__(
@@ -159,7 +171,9 @@ class StepBatch:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernel: Product | None = None,
     ) -> None:
+        self.kernel = kernel
         self.num_tokens = sum(s.num_tokens for s in slices)
         self._slices = slices
         self._block_size = block_size
@@ -181,17 +195,42 @@ class StepBatch:
         self.slots = integers[places[2]]
         self.logit_rows = integers[places[3]] if logit_rows else None
         self._groups = {window: [finish(integers) for finish in some] for window, some in drafts.items()}
+        self._decodes = {} if kernel is None else {window: self._decodes_of(window) for window in drafts}
 
     def groups(self, window: int | None) -> list[_Group]:
-        """The step's sequences as seen through `window`; together they hold every row once."""
+        """The step's sequences as seen through `window`; with `decodes` they hold every row once."""
         return self._groups[window]
+
+    def decodes(self, window: int | None) -> _Decodes | None:
+        """Those that the kernel attends; None if there are none."""
+        return self._decodes.get(window)
+
+    def _decodes_of(self, window: int | None) -> _Decodes | None:
+        row = 0
+        decodes: list[tuple[int, SequenceSlice]] = []
+        for part in self._slices:
+            if part.num_tokens == 1:
+                decodes.append((row, part))
+            row += part.num_tokens
+        if not decodes:
+            return None
+        table: list[int] = []
+        place = 4 * len(decodes)
+        for row, part in decodes:
+            table += (row, self._first_key(part, window), part.context_length, place)
+            place += len(part.block_table)
+        for _, part in decodes:
+            table += part.block_table
+        return _Decodes(len(decodes), torch.tensor(table, dtype=torch.int64))
 
     def _draft_groups(self, window: int | None) -> list[_Draft]:
         groups: list[_Draft] = []
         decodes: list[tuple[int, SequenceSlice]] = []
         row = 0
         for part in self._slices:
-            if part.num_tokens == 1 and not self._pays_alone(part):
+            if part.num_tokens == 1 and self.kernel is not None:
+                pass
+            elif part.num_tokens == 1 and not self._pays_alone(part):
                 decodes.append((row, part))
             else:
                 groups.append(self._single(row, part, window))
@@ -199,7 +238,7 @@ class StepBatch:
         if len(decodes) == 1:
             groups.append(self._single(*decodes[0], window))
         elif decodes:
-            groups.append(self._decodes(decodes, window))
+            groups.append(self._padded(decodes, window))
         return groups
 
     def _pays_alone(self, part: SequenceSlice) -> bool:
@@ -247,7 +286,7 @@ class StepBatch:
             mask=mask,
         )
 
-    def _decodes(self, decodes: list[tuple[int, SequenceSlice]], window: int | None) -> _Draft:
+    def _padded(self, decodes: list[tuple[int, SequenceSlice]], window: int | None) -> _Draft:
         """One group of all sequences with one new token: their blocks are padded to the longest with its own first."""
         size = self._block_size
         tables: list[tuple[int, ...]] = []
@@ -328,12 +367,27 @@ class PagedLayer:
         cache = self._cache
         cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1))
         cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1))
-        groups = batch.groups(self._window)
-        if len(groups) == 1:
+        groups, decodes = batch.groups(self._window), batch.decodes(self._window)
+        if len(groups) == 1 and decodes is None:
             return _attend_group(query[0], cache, groups[0], call)[None]
         out = query.new_empty((batch.num_tokens, query.shape[1], cache.values.shape[-1]))
         for group in groups:
             out[group.rows] = _attend_group(query[0][:, group.rows], cache, group, call)
+        if decodes is not None:
+            assert batch.kernel is not None, "there are decodes for the kernel alone"
+            assert call.softcap is None, "the stage gives no kernel to a family with caps"
+            assert call.sinks is None, "the stage gives no kernel to a family with sinks"
+            rows = query[0].transpose(0, 1)
+            batch.kernel.attend(
+                rows if rows.stride(2) == 1 else rows.contiguous(),
+                cache.keys,
+                cache.values,
+                decodes.table,
+                out,
+                num_sequences=decodes.num_sequences,
+                block_size=cache.block_size,
+                scaling=call.scaling,
+            )
         return out[None]
 
 

@@ -60,14 +60,14 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.register_parameter("bias", bias)
+        self.bias = bias
         self._linear = product.linear
         self._product_rows = product_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         # `self.weight` would ask the module's class first and take as long as half of the call into the kernel.
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        weight, bias = self._parameters["weight"], self.bias
         assert weight is not None
         if x.dtype != weight.dtype or x.numel() > self._product_rows * self.in_features:
             return functional.linear(x, weight, bias)

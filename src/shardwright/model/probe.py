@@ -90,6 +90,7 @@ class AttentionFacts:
     kv: KvShape
     window: int | None  # each position sees itself and the `window - 1` before it
     query_heads: int
+    is_plain: bool  # a softmax of scaled products, without caps or sinks
 
     @property
     def operations_per_position(self) -> int:
@@ -246,7 +247,8 @@ class _Port:
             raise ProbeError(f"layer {self._seen.index} has heads that don't fit each other")
         shape = KvShape(heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
         window = call.window if mask is None else _window_of(mask, self._seen.index)
-        self._seen.attentions.append(AttentionFacts(self._name, shape, window, query.shape[1]))
+        is_plain = call.softcap is None and call.sinks is None
+        self._seen.attentions.append(AttentionFacts(self._name, shape, window, query.shape[1], is_plain))
         out = query.new_empty((1, _TOKENS, query.shape[1], value.shape[3]))
         _set_mark(out, _mark_of(query) | _mark_of(key) | _mark_of(value))
         return out

@@ -341,12 +341,12 @@ static void widen_items(void *data) {
     for (long m = take(job); m < job.num_items; m = take(job)) widen_row<Kind>(job, m);
 }
 
+// Always called for all threads: of a team that is smaller than the last one, libgomp ends the others' threads.
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 INLINE void run(Parallel parallel, void (*work)(void *), Job &job, long threads) {
     job.next = 0;
-    if (threads > job.num_items) threads = job.num_items;
-    if (threads > 1 && parallel) parallel(work, &job, (unsigned)threads, 0);
+    if (threads > 1 && job.num_items > 1 && parallel) parallel(work, &job, (unsigned)threads, 0);
     else work(&job);
 }
 
@@ -443,8 +443,7 @@ static void norm_rows(void *data) {
 template <class Kind>
 static int normalise(Norm &norm, Parallel parallel, long threads) {
     norm.next = 0;
-    if (threads > norm.rows) threads = norm.rows;
-    if (threads > 1 && parallel && norm.rows * norm.size >= 65536)
+    if (threads > 1 && parallel && norm.rows > 1 && norm.rows * norm.size >= 65536)
         parallel(norm_rows<Kind>, &norm, (unsigned)threads, 0);
     else
         norm_rows<Kind>(&norm);
@@ -458,6 +457,242 @@ extern "C" int shardwright_rms_norm(const void *x, const void *weight, void *y, 
     if (kind == 0) return normalise<BFloat16>(norm, parallel, threads);
 #if defined(HAS_FLOAT16)
     if (kind == 1) return normalise<Float16>(norm, parallel, threads);
+#endif
+    return 2;
+}
+
+// Attention of sequences with one new token each over K and V in blocks: what all threads share.
+struct Attention {
+    const uint16_t *q;       // heads of key_dim, q_head apart, in rows that are q_row apart
+    const uint16_t *keys;    // [slots][kv_heads][key_dim]
+    const uint16_t *values;  // [slots][kv_heads][value_dim]
+    uint16_t *y;             // [rows][kv_heads * shared][value_dim]
+    const int64_t *table;    // of each sequence: its row, the first position that it sees, the one after the last, and
+                             // where in `table` its blocks begin, the block of position 0 first
+    float *parts;            // [items][shared][2 + value_dim]: of each chunk the maximum, the sum, and the weighted values
+    const int32_t *chunks;   // [items / kv_heads][2]: sequence and chunk
+    const int32_t *firsts;   // [sequences]: where a sequence's first chunk stands in `chunks`
+    long q_row, q_head;
+    long kv_heads, shared, key_dim, value_dim, block_size, num_sequences;
+    float scaling;
+    long num_items, next;
+};
+
+enum : long {
+    TABLE_FIELDS = 4,
+    CHUNK = 256,          // positions that one thread attends to at a time; part of the order of summation
+    MAX_KEY_DIM = 1024,   // one piece of a product
+};
+
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+
+// e to the power of x, for x up to 0: the method and the coefficients of Cephes' expf (Moshier).
+INLINE Floats exp_of(Floats x) {
+    const Floats least = Floats{} - 87.0f;
+    x = x > least ? x : least;
+    const Floats n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    sum = sum * r + 8.3334519073e-3f;
+    sum = sum * r + 4.1665795894e-2f;
+    sum = sum * r + 1.6666665459e-1f;
+    sum = sum * r + 5.0000001201e-1f;
+    sum = sum * r * r + r + 1.0f;
+    return sum * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// Scores of `count` positions, LANES at a time and padded, become their weights; gives the maximum and the sum.
+INLINE void weigh(float *scores, long count, float scaling, float &maximum, float &sum) {
+    const long padded = (count + LANES - 1) / LANES * LANES;
+    for (long j = count; j < padded; j++) scores[j] = scores[count - 1];
+    Floats largest = *(Floats *)scores * scaling;
+    for (long j = 0; j < padded; j += LANES) {
+        const Floats scaled = *(Floats *)(scores + j) * scaling;
+        *(Floats *)(scores + j) = scaled;
+        largest = scaled > largest ? scaled : largest;
+    }
+    maximum = largest[0];
+    for (long i = 1; i < LANES; i++) maximum = largest[i] > maximum ? largest[i] : maximum;
+    for (long j = 0; j < padded; j += LANES) *(Floats *)(scores + j) = exp_of(*(Floats *)(scores + j) - maximum);
+    for (long j = count; j < padded; j++) scores[j] = 0.0f;
+    Floats sums = {};
+    for (long j = 0; j < padded; j += LANES) sums += *(Floats *)(scores + j);
+    sum = add_lanes(sums);
+}
+
+// One chunk of one sequence for MR query heads that share a KV head.
+template <class Kind, int MR>
+static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *const *keys,
+                         const uint16_t *const *values, long count, float *part) {
+    float wide[MR * MAX_KEY_DIM] __attribute__((aligned(64)));
+    float scores[MR][CHUNK] __attribute__((aligned(64)));
+    Job job = {};
+    job.x = q;
+    job.x_stride = a.q_head;
+    job.wide = wide;
+    job.k = a.key_dim;
+    job.wide_stride = (a.key_dim + LINE - 1) / LINE * LINE;
+    job.w_stride = a.kv_heads * a.key_dim;
+    for (long m = 0; m < MR; m++) widen_row<Kind>(job, m);
+    enum { NR = 2 };  // blocks have an even number of slots, or the last is taken alone
+    for (long j = 0; j < count;) {
+        if (j + NR <= count && keys[j + 1] == keys[j] + job.w_stride) {
+            float sums[MR][NR] = {};
+            multiply_piece<Kind, MR, NR>(job, keys[j], wide, 0, nullptr, sums);
+            for (int m = 0; m < MR; m++)
+                for (int r = 0; r < NR; r++) scores[m][j + r] = sums[m][r];
+            j += NR;
+        } else {
+            float sums[MR][1] = {};
+            multiply_piece<Kind, MR, 1>(job, keys[j], wide, 0, nullptr, sums);
+            for (int m = 0; m < MR; m++) scores[m][j] = sums[m][0];
+            j++;
+        }
+    }
+    const long stride = 2 + a.value_dim;
+    for (int m = 0; m < MR; m++) weigh(scores[m], count, a.scaling, part[m * stride], part[m * stride + 1]);
+    for (long k = 0; k < a.value_dim; k += PAIR) {
+        Floats sums[MR][2] = {};
+        for (long j = 0; j < count; j++) {
+            const Floats first = Kind::first(values[j] + k), second = Kind::second(values[j] + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+                const Floats weight = Floats{} + scores[m][j];
+                add_product(sums[m][0], weight, first);
+                add_product(sums[m][1], weight, second);
+            }
+        }
+        for (int m = 0; m < MR; m++) {
+            memcpy(part + m * stride + 2 + k, &sums[m][0], sizeof(Floats));
+            memcpy(part + m * stride + 2 + k + LANES, &sums[m][1], sizeof(Floats));
+        }
+    }
+}
+
+template <class Kind>
+static void attend_items(void *data) {
+    Attention &a = *(Attention *)data;
+    for (long item = take(a); item < a.num_items; item = take(a)) {
+        const int32_t *chunk = a.chunks + item / a.kv_heads * 2;
+        const long head = item % a.kv_heads;
+        const int64_t *sequence = a.table + chunk[0] * TABLE_FIELDS;
+        const int64_t *blocks = a.table + sequence[3];
+        const long begin = sequence[1] + chunk[1] * CHUNK;
+        const long count = sequence[2] - begin < CHUNK ? sequence[2] - begin : CHUNK;
+        const uint16_t *keys[CHUNK], *values[CHUNK];
+        for (long j = 0; j < count; j++) {
+            const long position = begin + j;
+            const long slot = blocks[position / a.block_size] * a.block_size + position % a.block_size;
+            keys[j] = a.keys + (slot * a.kv_heads + head) * a.key_dim;
+            values[j] = a.values + (slot * a.kv_heads + head) * a.value_dim;
+        }
+        const uint16_t *q = a.q + sequence[0] * a.q_row + head * a.shared * a.q_head;
+        float *part = a.parts + item * a.shared * (2 + a.value_dim);
+        for (long m = 0; m < a.shared;) {
+            const long left = a.shared - m;
+            const uint16_t *from = q + m * a.q_head;
+            float *to = part + m * (2 + a.value_dim);
+            if (left >= 4) attend_heads<Kind, 4>(a, from, keys, values, count, to), m += 4;
+            else if (left == 3) attend_heads<Kind, 3>(a, from, keys, values, count, to), m += 3;
+            else if (left == 2) attend_heads<Kind, 2>(a, from, keys, values, count, to), m += 2;
+            else attend_heads<Kind, 1>(a, from, keys, values, count, to), m += 1;
+        }
+    }
+}
+
+// Bring the chunks of each sequence and head together, in their order.
+template <class Kind>
+static void join_items(void *data) {
+    Attention &a = *(Attention *)data;
+    const long stride = 2 + a.value_dim, heads = a.kv_heads * a.shared;
+    for (long item = take(a); item < a.num_sequences * heads; item = take(a)) {
+        const long index = item / heads, head = item % heads, group = head / a.shared, m = head % a.shared;
+        const int64_t *sequence = a.table + index * TABLE_FIELDS;
+        const long num_chunks = (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
+        float *first = a.parts + ((a.firsts[index] * a.kv_heads + group) * a.shared + m) * stride;
+        const long apart = a.kv_heads * a.shared * stride;
+        float maximum = first[0];
+        for (long c = 1; c < num_chunks; c++) maximum = first[c * apart] > maximum ? first[c * apart] : maximum;
+        float sum = 0.0f;
+        for (long c = 0; c < num_chunks; c++) {
+            const float *part = first + c * apart;
+            const float scale = num_chunks == 1 ? 1.0f : exp_of(Floats{} + (part[0] - maximum))[0];
+            sum += part[1] * scale;
+            if (c == 0)
+                for (long k = 0; k < a.value_dim; k++) first[2 + k] *= scale;
+            else
+                for (long k = 0; k < a.value_dim; k++) first[2 + k] += part[2 + k] * scale;
+        }
+        uint16_t *y = a.y + (sequence[0] * heads + head) * a.value_dim;
+        const float over = 1.0f / sum;
+        for (long k = 0; k < a.value_dim; k++)
+            y[k] = Kind::from_float(first[2 + k / PAIR * PAIR + Kind::place(k % PAIR)] * over);
+    }
+}
+
+template <class Kind>
+static int attend(Attention &a, Parallel parallel, long threads) {
+    if (a.value_dim % PAIR || a.key_dim > MAX_KEY_DIM) return 2;
+    long num_chunks = 0, num_positions = 0;
+    for (long i = 0; i < a.num_sequences; i++) {
+        const int64_t *sequence = a.table + i * TABLE_FIELDS;
+        num_chunks += (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
+        num_positions += sequence[2] - sequence[1];
+    }
+    a.num_items = num_chunks * a.kv_heads;
+    const long num_floats = a.num_items * a.shared * (2 + a.value_dim);
+    void *room;
+    if (posix_memalign(&room, 64, num_floats * sizeof(float) + (2 * num_chunks + a.num_sequences) * sizeof(int32_t)))
+        return 1;
+    a.parts = (float *)room;
+    int32_t *chunks = (int32_t *)(a.parts + num_floats), *firsts = chunks + 2 * num_chunks;
+    long at = 0;
+    for (long i = 0; i < a.num_sequences; i++) {
+        const int64_t *sequence = a.table + i * TABLE_FIELDS;
+        firsts[i] = (int32_t)at;
+        for (long c = 0; c * CHUNK < sequence[2] - sequence[1]; c++, at++) {
+            chunks[2 * at] = (int32_t)i;
+            chunks[2 * at + 1] = (int32_t)c;
+        }
+    }
+    a.chunks = chunks;
+    a.firsts = firsts;
+    // waking a thread takes as long as some thousand products
+    const bool is_small = num_positions * a.kv_heads * a.shared * (a.key_dim + a.value_dim) < 131072;
+    if (is_small) threads = 1;
+    a.next = 0;
+    if (threads > 1 && parallel) parallel(attend_items<Kind>, &a, (unsigned)threads, 0);
+    else attend_items<Kind>(&a);
+    a.next = 0;
+    if (threads > 1 && parallel && num_chunks > 4 * a.num_sequences) parallel(join_items<Kind>, &a, (unsigned)threads, 0);
+    else join_items<Kind>(&a);
+    free(room);
+    return 0;
+}
+
+// Nonzero: no memory, or a kind or shape that is not for this kernel.
+extern "C" int shardwright_attend(const void *q, long q_row, long q_head, const void *keys, const void *values, void *y,
+                                  const int64_t *table, long num_sequences, long kv_heads, long shared, long key_dim,
+                                  long value_dim, long block_size, float scaling, int kind, long threads,
+                                  Parallel parallel) {
+    Attention a = {};
+    a.q = (const uint16_t *)q;
+    a.keys = (const uint16_t *)keys;
+    a.values = (const uint16_t *)values;
+    a.y = (uint16_t *)y;
+    a.table = table;
+    a.q_row = q_row;
+    a.q_head = q_head;
+    a.kv_heads = kv_heads;
+    a.shared = shared;
+    a.key_dim = key_dim;
+    a.value_dim = value_dim;
+    a.block_size = block_size;
+    a.num_sequences = num_sequences;
+    a.scaling = scaling;
+    if (kind == 0) return attend<BFloat16>(a, parallel, threads);
+#if defined(HAS_FLOAT16)
+    if (kind == 1) return attend<Float16>(a, parallel, threads);
 #endif
     return 2;
 }

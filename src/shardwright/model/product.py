@@ -57,6 +57,11 @@ class Product:
             *(pointer, long, pointer, long, pointer, pointer),
             *(long, long, long, ctypes.c_int, long, pointer),
         ]
+        self._attend: Any = library.shardwright_attend
+        self._attend.argtypes = [
+            *(pointer, long, long, pointer, pointer, pointer, pointer),
+            *(long, long, long, long, long, long, ctypes.c_float, ctypes.c_int, long, pointer),
+        ]
         self._norm: Any = library.shardwright_rms_norm
         self._norm.argtypes = [
             *(pointer, pointer, pointer),
@@ -120,6 +125,72 @@ class Product:
             self._parallel,
         )
         return y
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        table: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        num_sequences: int,
+        block_size: int,
+        scaling: float,
+    ) -> None:
+        """Attend sequences with one new token each over their blocks of K and V, and write their rows of `out`.
+
+        `query` [rows, heads, key_dim], dense in its last dimension; `keys` [slots, kv_heads, key_dim], `values`
+        [slots, kv_heads, value_dim] and `out` [rows, heads, value_dim], contiguous. `table` is int64: for each sequence
+        its row, the first position that it sees, the one after the last, and where in the table its blocks begin, that
+        of position 0 first; then the blocks. Computes in float32 and rounds once; a row's result is the same whatever
+        rows it comes with. Raises `ValueError` for shapes that `can_attend` refuses.
+        """
+        _, kv_heads, key_dim = keys.shape
+        status = self._attend(
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            num_sequences,
+            kv_heads,
+            query.shape[1] // kv_heads,
+            key_dim,
+            values.shape[2],
+            block_size,
+            scaling,
+            _KINDS[keys.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status == 1:
+            raise MemoryError(f"no memory to attend {num_sequences} sequences")
+        if status:
+            raise ValueError(f"the kernel does not attend heads of {key_dim} and {values.shape[2]} in {keys.dtype}")
+
+    def can_attend(self, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+        """Whether the kernel attends such heads on this CPU, and computes what it should: a small case is tried."""
+        if dtype not in _KINDS:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        query, keys, values = (
+            torch.randn((rows, 2, dim), generator=generator).to(dtype)
+            for rows, dim in ((1, key_dim), (4, key_dim), (4, value_dim))
+        )
+        out = torch.empty((1, 2, value_dim), dtype=dtype)
+        table = torch.tensor([0, 1, 4, 4, 1, 0], dtype=torch.int64)  # of four slots in two blocks, in turned order
+        try:
+            self.attend(query, keys, values, table, out, num_sequences=1, block_size=2, scaling=key_dim**-0.5)
+        except ValueError:
+            return False
+        seen = [3, 0, 1]
+        expected = functional.scaled_dot_product_attention(
+            query.transpose(0, 1).float(), keys[seen].transpose(0, 1).float(), values[seen].transpose(0, 1).float()
+        )
+        return torch.allclose(out.float(), expected.transpose(0, 1), atol=2e-2, rtol=2e-2)
 
     def can_multiply(self, dtype: torch.dtype) -> bool:
         """Whether the kernel knows the dtype on this CPU, and computes what it should: one small product is tried."""

@@ -26,7 +26,8 @@ from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.norm import swap_norm
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
-from shardwright.model.probe import KeyPath
+from shardwright.model.probe import AttentionFacts, KeyPath
+from shardwright.model.product import Product
 from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
 from shardwright.model.sampler_state import SamplerStates, SequenceState
@@ -141,6 +142,7 @@ def build_stage(
             offloaded=None if offloading is None else offloading.start(),
             ranks=ranks,
             lead=lead,
+            kernel=linears.kernel,
         )
     except BaseException:
         if offloading is not None:
@@ -193,6 +195,14 @@ class _Offloading:
         self._streamed.close()
 
 
+def _if_fit(kernel: Product | None, attention: AttentionFacts, dtype: torch.dtype) -> Product | None:
+    """The kernel, if it attends as this layer does."""
+    shape = attention.kv
+    if kernel is None or not attention.is_plain or not kernel.can_attend(dtype, shape.key_dim, shape.value_dim):
+        return None
+    return kernel
+
+
 def find_dtype(name: str) -> torch.dtype:
     """The compute dtype of that name. Raises `ConfigError`."""
     if name not in DTYPES:
@@ -219,6 +229,7 @@ class Stage:
         offloaded: OffloadedLayers | None = None,
         ranks: RankPlan | None = None,
         lead: Lead | None = None,
+        kernel: Product | None = None,
     ) -> None:
         self.layers = layers
         self.is_first = is_first
@@ -246,6 +257,7 @@ class Stage:
             facts = plan.probed.layers[index] if ranks is None else ranks.layers[index]
             layer = model.get_submodule(f"{plan.layers}.{index}")
             for attention in facts.attentions:
+                kernel = _if_fit(kernel, attention, dtype)
                 cache = make_layer_cache(
                     attention.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
@@ -253,6 +265,7 @@ class Stage:
                 setattr(layer.get_submodule(attention.module), PORT_ATTRIBUTE, port)
                 self._caches.append(cache)
                 self._windows[attention.window] = None
+        self._kernel = kernel
         self._hook_layers()
 
     @property
@@ -306,6 +319,7 @@ class Stage:
             block_size=self._block_size,
             dtype=self._dtype,
             device=self._device,
+            kernel=self._kernel,
         )
         self._logit_rows = batch.logit_rows
         try:
