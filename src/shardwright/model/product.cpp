@@ -1,4 +1,5 @@
-// Products of activations with 16-bit weights on a CPU, from the weights' plain row-major order, and the norm before them.
+// What a stage of 16-bit weights computes most on a CPU: products of activations with weights in their plain row-major
+// order, norms, and attention of sequences with one new token each. Of products:
 //
 // y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once.
 //
@@ -664,8 +665,10 @@ static int attend(Attention &a, Parallel parallel, long threads) {
     if (threads > 1 && parallel) parallel(attend_items<Kind>, &a, (unsigned)threads, 0);
     else attend_items<Kind>(&a);
     a.next = 0;
-    if (threads > 1 && parallel && num_chunks > 4 * a.num_sequences) parallel(join_items<Kind>, &a, (unsigned)threads, 0);
-    else join_items<Kind>(&a);
+    if (threads > 1 && parallel && num_chunks > 4 * a.num_sequences)
+        parallel(join_items<Kind>, &a, (unsigned)threads, 0);
+    else
+        join_items<Kind>(&a);
     free(room);
     return 0;
 }
