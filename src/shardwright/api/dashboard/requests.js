@@ -60,8 +60,8 @@ export class Requests {
     byId("no-requests").hidden = shown.length > 0;
     if (this.#chosen === null) return;
     const known = shown.find((request) => request.seq_id === this.#chosen);
-    // A finished one's last steps are told about two seconds after its end.
-    const isOver = this.#trace?.finished_at != null && this.#now() - this.#trace.finished_at > 6;
+    // A finished one's last steps are told about two seconds after its end, by busy workers later.
+    const isOver = this.#trace?.finished_at != null && this.#now() - this.#trace.finished_at > 30;
     if (known && !isOver) this.#load();
   }
 
