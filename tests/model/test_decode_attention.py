@@ -1,12 +1,16 @@
 """Our own kernel attends sequences with one new token where their blocks lie, as exactly as one rounding allows."""
 
+import sys
+
 import pytest
 import split_models as lab
 import torch
 from tiny_models import prompt_of, save_whole
 
+from shardwright.model import stage as stage_module
 from shardwright.model.attention import AttentionCall, BatchCell, PagedLayer, StepBatch
 from shardwright.model.kv_cache import KvShape, make_layer_cache
+from shardwright.model.linear import Linears
 from shardwright.model.product import find_product
 from shardwright.types import SequenceSlice
 
@@ -98,7 +102,9 @@ class Decodes:
     def check(self, product, **how):
         given, expected = self.attend(product, **how).double(), self.exact(**how)
         step = torch.finfo(self.dtype).eps
-        assert bool(((given - expected).abs() <= 0.51 * step * expected.abs() + 2e-5).all())
+        # Scores are summed in float32, of which large ones lose what small weights then gain.
+        rest = 2e-5 + 1e-5 * how.get("scaling", 0.2)
+        assert bool(((given - expected).abs() <= 0.51 * step * expected.abs() + rest).all())
 
 
 @pytest.mark.parametrize(("kv_heads", "shared"), [(1, 8), (1, 1), (2, 2), (3, 3), (2, 5), (8, 1), (1, 7)])
@@ -189,36 +195,26 @@ def test_a_step_of_prompts_and_decodes_is_what_it_is_without_the_kernel(product,
 def test_stages_with_the_kernel_give_the_whole_models_tokens_or_others_within_rounding(
     kernels, tmp_path, family, uses, num_stages
 ):
-    """Ragged batches with chunks. gemma2 caps its scores: its stages leave attention to torch.
-
-    Another token is right where the whole model's own rounding in bfloat16 moves logits as far as the two lie apart.
-    """
+    """Ragged batches with chunks. gemma2 caps its scores: its stages leave attention to torch."""
     whole = save_whole(family, tmp_path, dtype=torch.bfloat16, head_dim=32)
     split = lab.SplitModel(whole.folder, num_stages, dtype="bfloat16", kernel_dir=kernels)
     assert [stage._kernel is not None for stage in split.stages] == [uses] * num_stages
     answers = lab.serve(split, lab.RAGGED)
-    rounded = [logits_of(whole.model, request, answer) for request, answer in zip(lab.RAGGED, answers, strict=True)]
-    exact_model = whole.model.float()
-    for request, answer, logits in zip(lab.RAGGED, answers, rounded, strict=True):
-        exact = logits_of(exact_model, request, answer)
-        moved = (logits - exact).abs().max(dim=-1).values
-        chosen = exact.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert bool((exact.max(dim=-1).values - chosen <= 2 * moved).all())
+    assert lab.are_within_rounding(whole.model, lab.RAGGED, answers)
 
 
-def logits_of(model, request, answer):
-    with torch.no_grad():
-        return model(torch.tensor([[*request.prompt, *answer]])).logits[0, len(request.prompt) - 1 : -1].float()
+def test_what_a_sequence_gets_does_not_depend_on_who_is_in_its_step(product, monkeypatch, tmp_path):
+    """In bfloat16 too: once its prompt is computed, its tokens and their probabilities are the same to the last bit.
 
-
-@pytest.mark.usefixtures("product")
-def test_what_a_sequence_gets_does_not_depend_on_who_is_in_its_step(kernels, tmp_path):
-    """In bfloat16 too: once its prompt is computed, its tokens and their probabilities are the same to the last bit."""
+    With our own products, whichever this machine would choose: oneDNN's may sum in another order for other rows.
+    """
+    own = Linears(dtype=torch.bfloat16, product=product, product_rows=sys.maxsize, kernel=product)
+    monkeypatch.setattr(stage_module, "choose_linears", lambda *_: own)
     whole = save_whole("llama", tmp_path, dtype=torch.bfloat16, head_dim=32)
     prompts = [prompt_of(length, seed) for seed, length in enumerate((9, 3, 12, 5))]
 
     def tokens_of(together):
-        split = lab.SplitModel(whole.folder, 2, dtype="bfloat16", kernel_dir=kernels)
+        split = lab.SplitModel(whole.folder, 2, dtype="bfloat16")
         answers = {index: list(prompts[index]) for index in range(len(prompts))}
         logprobs = {index: [] for index in answers}
         for index, known in answers.items():  # each prompt alone

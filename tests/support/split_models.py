@@ -176,3 +176,26 @@ RAGGED = [
     Asked(prompt=prompt_of(4, 5), max_new_tokens=9, joins_at=9),
 ]
 """Unlike lengths; two join while others are under way, and each leaves at another time."""
+
+
+def are_within_rounding(model: PreTrainedModel, requests: Sequence[Asked], answers: Sequence[list[int]]) -> bool:
+    """Whether greedy answers of a model of 16-bit weights are right as far as its own rounding lets anybody tell.
+
+    A token other than the best in float32 is right where the whole model's rounding moves logits as far as the two lie
+    apart. The model is turned to float32.
+    """
+    rounded = [_answer_logits(model, request, answer) for request, answer in zip(requests, answers, strict=True)]
+    exact_model = model.float()
+    for request, answer, logits in zip(requests, answers, rounded, strict=True):
+        exact = _answer_logits(exact_model, request, answer)
+        moved = (logits - exact).abs().max(dim=-1).values
+        chosen = exact.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        if not bool((exact.max(dim=-1).values - chosen <= 2 * moved).all()):
+            return False
+    return True
+
+
+def _answer_logits(model: PreTrainedModel, request: Asked, answer: list[int]) -> torch.Tensor:
+    ids = torch.tensor([[*request.prompt, *answer]])
+    with torch.no_grad():
+        return model(ids).logits[0, len(request.prompt) - 1 : -1].float()
