@@ -248,3 +248,13 @@ def test_of_workers_that_start_at_once_one_builds(tmp_path, monkeypatch):
     assert len(set(built)) == 1
     assert built[0].read_text() == "code\n"
     assert runs.read_text().split() == ["run"]
+
+
+def test_a_dtype_that_the_cpu_can_not_widen_is_told_and_not_taken_for_want_of_memory(product, monkeypatch):
+    monkeypatch.setattr(product, "_multiply", lambda *_: 2)
+    assert not product.can_multiply(torch.float16)
+    with pytest.raises(ValueError, match=r"does not know torch\.float16 on this CPU"):
+        product.linear(random(2, 32, dtype=torch.float16), random(3, 32, dtype=torch.float16), None)
+    monkeypatch.setattr(product, "_multiply", lambda *_: 1)
+    with pytest.raises(MemoryError, match="no memory for 2 rows of 32 values"):
+        product.linear(random(2, 32, dtype=torch.float16), random(3, 32, dtype=torch.float16), None)
