@@ -190,12 +190,13 @@ class StepBatch:
                 slots.append(part.block_table[position // block_size] * block_size + position % block_size)
         places = [self._integers.place(values) for values in (ids, positions, slots, logit_rows)]
         drafts = {window: self._draft_groups(window) for window in windows}
+        tables = {} if kernel is None else {window: self._place_decodes(window) for window in drafts}
         integers = self._integers.copy_to(device)
         self.input_ids, self.position_ids = integers[places[0]][None], integers[places[1]][None]
         self.slots = integers[places[2]]
         self.logit_rows = integers[places[3]] if logit_rows else None
         self._groups = {window: [finish(integers) for finish in some] for window, some in drafts.items()}
-        self._decodes = {} if kernel is None else {window: self._decodes_of(window) for window in drafts}
+        self._decodes = {window: _Decodes(count, integers[place]) for window, (count, place) in tables.items() if count}
 
     def groups(self, window: int | None) -> list[_Group]:
         """The step's sequences as seen through `window`; with `decodes` they hold every row once."""
@@ -205,15 +206,14 @@ class StepBatch:
         """Those that the kernel attends; None if there are none."""
         return self._decodes.get(window)
 
-    def _decodes_of(self, window: int | None) -> _Decodes | None:
+    def _place_decodes(self, window: int | None) -> tuple[int, slice]:
+        """How many sequences have one new token, and where the kernel's table of them will be found."""
         row = 0
         decodes: list[tuple[int, SequenceSlice]] = []
         for part in self._slices:
             if part.num_tokens == 1:
                 decodes.append((row, part))
             row += part.num_tokens
-        if not decodes:
-            return None
         table: list[int] = []
         place = 4 * len(decodes)
         for row, part in decodes:
@@ -221,19 +221,17 @@ class StepBatch:
             place += len(part.block_table)
         for _, part in decodes:
             table += part.block_table
-        return _Decodes(len(decodes), torch.tensor(table, dtype=torch.int64))
+        return len(decodes), self._integers.place(table)
 
     def _draft_groups(self, window: int | None) -> list[_Draft]:
         groups: list[_Draft] = []
         decodes: list[tuple[int, SequenceSlice]] = []
         row = 0
         for part in self._slices:
-            if part.num_tokens == 1 and self.kernel is not None:
-                pass
-            elif part.num_tokens == 1 and not self._pays_alone(part):
-                decodes.append((row, part))
-            else:
+            if part.num_tokens > 1 or (self.kernel is None and self._pays_alone(part)):
                 groups.append(self._single(row, part, window))
+            elif self.kernel is None:  # else it is in the kernel's table
+                decodes.append((row, part))
             row += part.num_tokens
         if len(decodes) == 1:
             groups.append(self._single(*decodes[0], window))

@@ -345,10 +345,11 @@ static void widen_items(void *data) {
 // Always called for all threads: of a team that is smaller than the last one, libgomp ends the others' threads.
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-INLINE void run(Parallel parallel, void (*work)(void *), Job &job, long threads) {
-    job.next = 0;
-    if (threads > 1 && job.num_items > 1 && parallel) parallel(work, &job, (unsigned)threads, 0);
-    else work(&job);
+template <class Work>
+INLINE void run(Parallel parallel, void (*work)(void *), Work &shared, long num_items, long threads) {
+    shared.next = 0;
+    if (threads > 1 && num_items > 1 && parallel) parallel(work, &shared, (unsigned)threads, 0);
+    else work(&shared);
 }
 
 // Rows of x in float32 that are kept from call to call, one room for each calling thread.
@@ -367,7 +368,7 @@ static int multiply(Job &job, Parallel parallel, long threads) {
     job.wide = (float *)room;
     const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
     job.num_items = job.m;
-    run(parallel, widen_items<Kind>, job, job.m * job.k < 65536 ? 1 : threads);
+    run(parallel, widen_items<Kind>, job, job.num_items, job.m * job.k < 65536 ? 1 : threads);
     if (job.m <= FEW_ROWS) {
         // a piece of some 64 KiB at a time, so that a thread that is held up holds up nobody else
         long rows = 32768 / job.k / 24 * 24;
@@ -378,7 +379,7 @@ static int multiply(Job &job, Parallel parallel, long threads) {
     } else {
         job.num_items = (job.n + N_BLOCK - 1) / N_BLOCK * ((job.m + M_BLOCK - 1) / M_BLOCK);
     }
-    run(parallel, multiply_items<Kind>, job, is_small ? 1 : threads);
+    run(parallel, multiply_items<Kind>, job, job.num_items, is_small ? 1 : threads);
     if (num_bytes > KEPT_BYTES) free(room);
     return 0;
 }
@@ -443,11 +444,7 @@ static void norm_rows(void *data) {
 
 template <class Kind>
 static int normalise(Norm &norm, Parallel parallel, long threads) {
-    norm.next = 0;
-    if (threads > 1 && parallel && norm.rows > 1 && norm.rows * norm.size >= 65536)
-        parallel(norm_rows<Kind>, &norm, (unsigned)threads, 0);
-    else
-        norm_rows<Kind>(&norm);
+    run(parallel, norm_rows<Kind>, norm, norm.rows, norm.rows * norm.size < 65536 ? 1 : threads);
     return 0;
 }
 
@@ -660,15 +657,9 @@ static int attend(Attention &a, Parallel parallel, long threads) {
     a.firsts = firsts;
     // waking a thread takes as long as some thousand products
     const bool is_small = num_positions * a.kv_heads * a.shared * (a.key_dim + a.value_dim) < 131072;
-    if (is_small) threads = 1;
-    a.next = 0;
-    if (threads > 1 && parallel) parallel(attend_items<Kind>, &a, (unsigned)threads, 0);
-    else attend_items<Kind>(&a);
-    a.next = 0;
-    if (threads > 1 && parallel && num_chunks > 4 * a.num_sequences)
-        parallel(join_items<Kind>, &a, (unsigned)threads, 0);
-    else
-        join_items<Kind>(&a);
+    const bool is_long = num_chunks > 4 * a.num_sequences;  // else there is little to join
+    run(parallel, attend_items<Kind>, a, a.num_items, is_small ? 1 : threads);
+    run(parallel, join_items<Kind>, a, a.num_sequences * a.kv_heads * a.shared, is_small || !is_long ? 1 : threads);
     free(room);
     return 0;
 }

@@ -114,7 +114,7 @@ class Product:
         y = torch.empty_like(x)
         size = weight.numel()
         rows = x.numel() // size if size else 0
-        self._norm(
+        status = self._norm(
             x.data_ptr(),
             weight.data_ptr(),
             y.data_ptr(),
@@ -126,6 +126,8 @@ class Product:
             torch.get_num_threads(),
             self._parallel,
         )
+        if status:
+            raise ValueError(f"the kernel does not know {weight.dtype} on this CPU")
         return y
 
     def attend(

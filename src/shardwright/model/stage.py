@@ -195,12 +195,12 @@ class _Offloading:
         self._streamed.close()
 
 
-def _if_fit(kernel: Product | None, attention: AttentionFacts, dtype: torch.dtype) -> Product | None:
-    """The kernel, if it attends as this layer does."""
-    shape = attention.kv
-    if kernel is None or not attention.is_plain or not kernel.can_attend(dtype, shape.key_dim, shape.value_dim):
+def _if_fit(kernel: Product | None, attentions: list[AttentionFacts], dtype: torch.dtype) -> Product | None:
+    """The kernel, if it attends as all these layers do; each size of heads is tried once."""
+    sizes = {(attention.kv.key_dim, attention.kv.value_dim) for attention in attentions}
+    if kernel is None or not all(attention.is_plain for attention in attentions):
         return None
-    return kernel
+    return kernel if all(kernel.can_attend(dtype, *size) for size in sizes) else None
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -253,11 +253,12 @@ class Stage:
         self._caches: list[LayerCache] = []
         self._arriving = [] if is_first else plan.probed.crossing(layers.start)
         self._leaving = [] if is_last else plan.probed.crossing(layers.end)
+        attentions: list[AttentionFacts] = []
         for index in range(layers.start, layers.end):
             facts = plan.probed.layers[index] if ranks is None else ranks.layers[index]
             layer = model.get_submodule(f"{plan.layers}.{index}")
             for attention in facts.attentions:
-                kernel = _if_fit(kernel, attention, dtype)
+                attentions.append(attention)
                 cache = make_layer_cache(
                     attention.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
@@ -265,7 +266,7 @@ class Stage:
                 setattr(layer.get_submodule(attention.module), PORT_ATTRIBUTE, port)
                 self._caches.append(cache)
                 self._windows[attention.window] = None
-        self._kernel = kernel
+        self._kernel = _if_fit(kernel, attentions, dtype)
         self._hook_layers()
 
     @property

@@ -21,7 +21,6 @@ from shardwright.types import StepInput
 
 PROGRAM = """
 import time
-from types import SimpleNamespace
 from shardwright.runtime.ranks import Ranks
 ranks = Ranks(devices=["cpu"] * 3, threads=1, on_lost=print, say=print)
 while len(ranks.loads()) < 2:
