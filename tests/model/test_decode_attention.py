@@ -11,7 +11,6 @@ from shardwright.model import stage as stage_module
 from shardwright.model.attention import AttentionCall, BatchCell, PagedLayer, StepBatch
 from shardwright.model.kv_cache import KvShape, make_layer_cache
 from shardwright.model.linear import Linears
-from shardwright.model.product import find_product
 from shardwright.types import SequenceSlice
 
 CPU = torch.device("cpu")
@@ -19,19 +18,6 @@ BLOCK_SIZE = 16
 LENGTHS = [1, 2, 15, 16, 17, 31, 255, 256, 257, 300, 513, 1100]
 CALL = AttentionCall(scaling=0.2, window=None, softcap=None, sinks=None)
 DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="module")
-def product(kernels):
-    found = find_product(kernels)
-    if found is None:
-        pytest.skip("no kernel can be built on this machine")
-    return found
 
 
 @pytest.fixture(params=DTYPES, ids=str)

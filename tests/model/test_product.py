@@ -16,19 +16,6 @@ DTYPES = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # what one rounding may change, relative
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="module")
-def product(kernels):
-    found = find_product(kernels)
-    if found is None:
-        pytest.skip("no kernel can be built on this machine")
-    return found
-
-
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request, product):
     if not product.can_multiply(request.param):
