@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-KERNELS = "TEST_KERNELS"
+from shared_kernels import KERNELS
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that they

@@ -425,12 +425,7 @@ def test_a_step_that_is_done_after_the_event_loop_has_ended_disturbs_nobody(star
 
     async def run_and_leave() -> Running:
         worker = await start()
-        await worker.load()
-        worker.stage.open_.clear()
-        link = Link(worker.client)
-        link.send(step(1))
-        reading = asyncio.ensure_future(anext(link.replies))
-        await eventually(worker.stage.began.is_set)
+        _, reading = await in_a_step(worker)
         reading.cancel()
         return worker
 

@@ -8,23 +8,19 @@ import os
 import queue
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
-
-from shardwright.model.product import find_product
+from shared_kernels import share_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TEST_RUN_MARK"  # in the environment of everything that a test starts, and of what that starts
-KERNELS = "TEST_KERNELS"  # names the folder of the kernels that this run's processes share
 START_TIMEOUT_S = 90.0  # the machine may be busy with other tests
 
 
@@ -145,18 +141,6 @@ class Processes:
                 with contextlib.suppress(psutil.Error, ProcessLookupError):
                     process.kill()
             running.wait()
-
-
-def share_kernels(argv: Sequence[object]) -> None:
-    """Put the compiled kernel into the cache folder that a command names: to compile it takes seconds, each time."""
-    folder = next((Path(str(value)) for option, value in pairwise(argv) if option == "--cache-dir"), None)
-    if folder is None or (folder / "kernels").exists():
-        return
-    source = Path(os.environ[KERNELS])
-    find_product(source)
-    (folder / "kernels").mkdir(mode=0o700, parents=True)
-    for path in source.glob("product-*.so"):
-        shutil.copy2(path, folder / "kernels")
 
 
 def port_of(worker: Running) -> int:
