@@ -34,6 +34,14 @@
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef Words LooseWords __attribute__((aligned(2), may_alias));
+typedef float Quarter __attribute__((vector_size(16)));
+typedef uint32_t QuarterWords __attribute__((vector_size(16)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (QuarterWords){__VA_ARGS__})
+#endif
 
 enum : long {
     LANES = VECTOR_BYTES / 4,
@@ -44,19 +52,17 @@ enum : long {
     N_BLOCK = 96,       // rows of w that stay in the second-level cache while many rows of x pass
     M_BLOCK = 128,      // rows of x that pass them
     FEW_ROWS = 12,      // up to so many rows of x, each weight is read once, in the order of memory
+    AHEAD_BYTES = 8192,  // so far ahead of what is multiplied, weights are fetched from memory, or a tile's rows
 };
 
-// How many rows of w a tile of so many rows of x takes: as many sums as the registers hold. Where a single row of x meets
-// rows of w that are shorter than SHORT_K, one at a time is faster: then memory is read in its order, which the CPU sees
-// coming, and needs no telling.
+// How many rows of w a tile of so many rows of x takes: as many sums as the registers hold, and with one row of x no more
+// than keep the CPU busy.
 template <int MR>
 struct Width {
 #if defined(__AVX512F__) || defined(__aarch64__)
-    enum { value = MR == 1 ? 8 : MR == 2 ? 8 : 6, SHORT_K = 0, PREFETCHES = 1 };
-#elif defined(__AVX__)
-    enum { value = MR == 1 ? 8 : MR == 2 ? 4 : 3, SHORT_K = MR == 1 ? 1024 : 0, PREFETCHES = MR > 1 };
+    enum { value = MR == 1 ? 8 : MR == 2 ? 8 : 6 };
 #else
-    enum { value = MR == 1 ? 4 : MR == 2 ? 4 : 3, SHORT_K = 0, PREFETCHES = 1 };
+    enum { value = MR == 1 ? 4 : MR == 2 ? 4 : 3 };
 #endif
 };
 
@@ -87,6 +93,12 @@ struct BFloat16 {
         const uint32_t rounded = (word + 0x7fffu + (word >> 16 & 1)) >> 16;
         return (uint16_t)((word & 0x7fffffffu) > 0x7f800000u ? word >> 16 | 0x40 : rounded);  // or not a number
     }
+    INLINE void from_floats(Quarter values, uint16_t *to) {  // the same for four
+        const QuarterWords words = (QuarterWords)values;
+        const QuarterWords rounded = (words + 0x7fffu + (words >> 16 & 1)) >> 16;
+        const QuarterWords bits = (words & 0x7fffffffu) > 0x7f800000u ? (words >> 16 | 0x40) : rounded;
+        for (int i = 0; i < 4; i++) to[i] = (uint16_t)bits[i];
+    }
 };
 
 #if (defined(__F16C__) && defined(__AVX__)) || defined(__aarch64__)
@@ -107,6 +119,9 @@ struct Float16 {
     INLINE Floats first(const uint16_t *from) { return widen(from); }
     INLINE Floats second(const uint16_t *from) { return widen(from + LANES); }
     INLINE long place(long k) { return k; }
+    INLINE void from_floats(Quarter values, uint16_t *to) {
+        for (int i = 0; i < 4; i++) to[i] = from_float(values[i]);
+    }
 #if defined(__F16C__)
     INLINE float to_float(uint16_t bits) { return _cvtsh_ss(bits); }
     INLINE uint16_t from_float(float value) { return (uint16_t)_cvtss_sh(value, 0); }
@@ -126,21 +141,30 @@ struct Float16 {
 };
 #endif
 
-INLINE float add_lanes(Floats value) {
-    float lanes[LANES];
-    memcpy(lanes, &value, sizeof lanes);
-#if VECTOR_BYTES > 16
-    typedef float Quarter __attribute__((vector_size(16)));
+INLINE Quarter fold(Floats value) {
     Quarter parts[VECTOR_BYTES / 16];
     memcpy(parts, &value, sizeof parts);
 #if VECTOR_BYTES == 64
     parts[0] += parts[2];
     parts[1] += parts[3];
 #endif
+#if VECTOR_BYTES > 16
     parts[0] += parts[1];
-    memcpy(lanes, parts, 16);
 #endif
+    return parts[0];
+}
+
+INLINE float add_lanes(Floats value) {
+    const Quarter lanes = fold(value);
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// The same sums in the same order, of four at once.
+INLINE Quarter add_lanes(const Floats *values) {
+    const Quarter a = fold(values[0]), b = fold(values[1]), c = fold(values[2]), d = fold(values[3]);
+    const Quarter ab = SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7);
+    const Quarter cd = SHUFFLE(c, d, 0, 4, 1, 5) + SHUFFLE(c, d, 2, 6, 3, 7);
+    return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
 }
 
 // One product: what all threads share.
@@ -156,15 +180,20 @@ struct Job {
     long next;           // the next item that no thread has taken
 };
 
+// What is fetched while a tile is multiplied: `lines` cache lines for each line of one of its rows, one after the other as
+// memory has them, which DRAM and the CPU's own fetching like better than the order in which a tile reads them. Into the
+// second-level cache: the first has no room for more than a tile and x, and no more requests to spare.
+struct Ahead {
+    const uint16_t *from;
+    long lines;
+};
+
 // Add to sums[MR][NR] what `lines` cache lines of each row of w give.
 template <class Kind, int MR, int NR>
 INLINE void multiply_lines(const uint16_t *w, long w_stride, const float *x, long x_stride, long lines,
-                           const uint16_t *const *ahead, Floats (&sums)[MR][NR]) {
+                           Ahead ahead, Floats (&sums)[MR][NR]) {
     for (long line = 0; line < lines; line++) {
-        if (ahead) {
-#pragma GCC unroll 8
-            for (int n = 0; n < NR; n++) __builtin_prefetch(ahead[n] + line * LINE, 0, 3);
-        }
+        for (long i = 0; i < ahead.lines; i++) __builtin_prefetch(ahead.from + (line * ahead.lines + i) * LINE, 0, 2);
 #pragma GCC unroll 4
         for (long pair = 0; pair < LINE / PAIR; pair++) {
             const long k = line * LINE + pair * PAIR;
@@ -192,7 +221,7 @@ INLINE void multiply_lines(const uint16_t *w, long w_stride, const float *x, lon
 // One piece of K_PIECE positions, or what is left of k from `begin` on.
 template <class Kind, int MR, int NR>
 INLINE void multiply_piece(const Job &job, const uint16_t *w, const float *x, long begin,
-                           const uint16_t *const *ahead, float (&totals)[MR][NR]) {
+                           Ahead ahead, float (&totals)[MR][NR]) {
     Floats sums[MR][NR];
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++)
@@ -200,24 +229,26 @@ INLINE void multiply_piece(const Job &job, const uint16_t *w, const float *x, lo
         for (int n = 0; n < NR; n++) sums[m][n] = Floats{};
     const long count = job.k - begin < K_PIECE ? job.k - begin : K_PIECE;
     const long lines = count / LINE, rest = count % LINE;
-    if (ahead) {
-        const uint16_t *there[NR];
-        for (int n = 0; n < NR; n++) there[n] = ahead[n] + begin;
-        multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, there, sums);
-    } else {
-        multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, nullptr, sums);
-    }
+    ahead.from += begin * ahead.lines;
+    multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, ahead, sums);
     if (rest) {  // reading on would leave the row, and the last one's memory
         uint16_t padded[NR][LINE];
         memset(padded, 0, sizeof padded);
         const long at = begin + lines * LINE;
         for (int n = 0; n < NR; n++) memcpy(padded[n], w + n * job.w_stride + at, rest * sizeof(uint16_t));
-        multiply_lines<Kind, MR, NR>(padded[0], LINE, x + at, job.wide_stride, 1, nullptr, sums);
+        multiply_lines<Kind, MR, NR>(padded[0], LINE, x + at, job.wide_stride, 1, Ahead{}, sums);
+    }
+    const Floats *sum = &sums[0][0];
+    float *total = &totals[0][0];
+#pragma GCC unroll 8
+    for (int i = 0; i + 4 <= MR * NR; i += 4) {
+        Quarter four;
+        memcpy(&four, total + i, sizeof four);
+        four += add_lanes(sum + i);
+        memcpy(total + i, &four, sizeof four);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 8
-        for (int n = 0; n < NR; n++) totals[m][n] += add_lanes(sums[m][n]);
+    for (int i = MR * NR / 4 * 4; i < MR * NR; i++) total[i] += add_lanes(sum[i]);
 }
 
 template <class Kind>
@@ -226,18 +257,35 @@ INLINE void store(const Job &job, long m, long n, float total) {
     job.y[m * job.n + n] = Kind::from_float(total);
 }
 
+template <class Kind, int MR, int NR>
+INLINE void store_tile(const Job &job, long m, long n, float (&totals)[MR][NR]) {
+    float *total = &totals[0][0];
+    if (job.bias)
+        for (int i = 0; i < MR * NR; i++) total[i] += Kind::to_float(job.bias[n + i % NR]);
+    uint16_t rounded[MR * NR];
+    int i = 0;
+#pragma GCC unroll 8
+    for (; i + 4 <= MR * NR; i += 4) {
+        Quarter four;
+        memcpy(&four, total + i, sizeof four);
+        Kind::from_floats(four, rounded + i);
+    }
+    for (; i < MR * NR; i++) rounded[i] = Kind::from_float(total[i]);
+    for (int r = 0; r < MR; r++) memcpy(job.y + (m + r) * job.n + n, rounded + r * NR, NR * sizeof(uint16_t));
+}
+
 // Few rows of x: all of k for NR rows of w. Meanwhile their part of the next NR rows is fetched.
 template <class Kind, int MR, int NR>
 static void stream_tile(const Job &job, long m, long n, long part, long parts) {
     const uint16_t *w = job.w + n * job.w_stride;
     const float *x = job.wide + m * job.wide_stride;
-    const uint16_t *ahead[NR];
-    for (int r = 0; r < NR; r++) ahead[r] = w + (r % parts == part ? r + NR : r) * job.w_stride;
+    const long tile = NR * job.w_stride, share = (NR + parts - 1) / parts;  // of the rows to fetch, when several pass
+    const long far = (AHEAD_BYTES / (tile * (long)sizeof(uint16_t)) + 1) * tile;
+    const Ahead ahead = {w + far + part * share * job.w_stride, share};
     float totals[MR][NR] = {};
     for (long begin = 0; begin < job.k; begin += K_PIECE)
-        multiply_piece<Kind, MR, NR>(job, w, x, begin, Width<MR>::PREFETCHES ? ahead : nullptr, totals);
-    for (int i = 0; i < MR; i++)
-        for (int r = 0; r < NR; r++) store<Kind>(job, m + i, n + r, totals[i][r]);
+        multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
+    store_tile<Kind, MR, NR>(job, m, n, totals);
 }
 
 template <class Kind, int NR>
@@ -267,13 +315,13 @@ static void pass_rows(const Job &job, long m, long n, long n_end, long begin, fl
     long at = n;
     for (; at + NR <= n_end; at += NR) {
         float sums[MR][NR] = {};
-        multiply_piece<Kind, MR, NR>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
+        multiply_piece<Kind, MR, NR>(job, job.w + at * job.w_stride, x, begin, Ahead{}, sums);
         for (int i = 0; i < MR; i++)
             for (int r = 0; r < NR; r++) totals[i * totals_stride + at - n + r] += sums[i][r];
     }
     for (; at < n_end; at++) {
         float sums[MR][1] = {};
-        multiply_piece<Kind, MR, 1>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
+        multiply_piece<Kind, MR, 1>(job, job.w + at * job.w_stride, x, begin, Ahead{}, sums);
         for (int i = 0; i < MR; i++) totals[i * totals_stride + at - n] += sums[i][0];
     }
 }
@@ -308,8 +356,7 @@ static void multiply_items(void *data) {
             if (widest == 4) stream_block<Kind, Width<4>::value>(job, begin, end);
             else if (widest == 3) stream_block<Kind, Width<3>::value>(job, begin, end);
             else if (widest == 2) stream_block<Kind, Width<2>::value>(job, begin, end);
-            else if (job.k >= Width<1>::SHORT_K) stream_block<Kind, Width<1>::value>(job, begin, end);
-            else stream_block<Kind, 1>(job, begin, end);
+            else stream_block<Kind, Width<1>::value>(job, begin, end);
         }
         return;
     }
@@ -536,13 +583,13 @@ static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *
     for (long j = 0; j < count;) {
         if (j + NR <= count && keys[j + 1] == keys[j] + job.w_stride) {
             float sums[MR][NR] = {};
-            multiply_piece<Kind, MR, NR>(job, keys[j], wide, 0, nullptr, sums);
+            multiply_piece<Kind, MR, NR>(job, keys[j], wide, 0, Ahead{}, sums);
             for (int m = 0; m < MR; m++)
                 for (int r = 0; r < NR; r++) scores[m][j + r] = sums[m][r];
             j += NR;
         } else {
             float sums[MR][1] = {};
-            multiply_piece<Kind, MR, 1>(job, keys[j], wide, 0, nullptr, sums);
+            multiply_piece<Kind, MR, 1>(job, keys[j], wide, 0, Ahead{}, sums);
             for (int m = 0; m < MR; m++) scores[m][j] = sums[m][0];
             j++;
         }
