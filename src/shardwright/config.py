@@ -96,6 +96,7 @@ class MasterConfig:
     heartbeat_timeout_s: float = 10.0
     recover: bool = True  # from a lost worker: place the model again over those that are left; else requests end
     probe_interval_s: float = 5.0  # an idle pipeline is tried this often with a token of the master's own; 0: never
+    gather_s: float = 0.002  # an idle pipeline waits so long for requests that come together; 0: it does not
     max_frame_bytes: int = 256 * MIB
     otlp_endpoint: str = ""  # http(s)://host:port of an OTLP collector that gets traces, over gRPC; empty: none
 
@@ -121,6 +122,8 @@ class MasterConfig:
             )
         if not self.probe_interval_s >= 0:
             raise ConfigError(f"probe_interval_s is {self.probe_interval_s}; it must be 0 (never) or above")
+        if not self.gather_s >= 0:
+            raise ConfigError(f"gather_s is {self.gather_s}; it must be 0 (no waiting) or above")
         _check_endpoint(self.otlp_endpoint)
 
     @property

@@ -20,6 +20,7 @@ def test_the_defaults_are_valid():
         ("max_waiting", 0, "at least 1"),
         ("prompt_logprob_tokens", 0, "at least 1"),
         ("probe_interval_s", 0.0, "above 0 seconds"),
+        ("gather_s", -0.1, "0 \\(no waiting\\) or above"),
         ("first_epoch", 0, "at least 1"),
         ("max_redeploys", -1, "at least 0"),
         ("heartbeat_timeout_s", 0.0, "above 0 seconds"),

@@ -117,6 +117,7 @@ class Simulation:
             max_waiting=rng.choice((1, 4, 8)) if rng.random() < 0.2 else None,
             probe_interval_s=rng.choice((0.05, 0.5)) if rng.random() < 0.5 else None,
             prompt_logprob_tokens=rng.choice((1, 4, 64)),
+            gather_s=rng.choice((0.0, 0.002, 0.05)),
         )
         num_layers = rng.randint(2, 5)
         costs = ModelCosts(

@@ -41,6 +41,7 @@ from shardwright.core.events import (
     WorkerJoined,
     WorkerLost,
 )
+from shardwright.core.gathering import Gathering
 from shardwright.core.liveness import Liveness
 from shardwright.core.pacing import Pacing
 from shardwright.core.placement import Placement, PlacementSettings, place
@@ -105,6 +106,7 @@ class MasterState:
         self._deadlines = Deadlines(self._open)
         self._departures = Departures()
         self._liveness = Liveness(settings.probe_interval_s)
+        self._gathering = Gathering(settings.gather_s)
         self._now = 0.0  # the time of the event that is being handled
         self._phase = PipelinePhase.NONE
         self._epoch = settings.first_epoch - 1
@@ -175,6 +177,7 @@ class MasterState:
             self._deadlines.next(),
             self._liveness.next_probe,
             self._retry_at,
+            self._gathering.until,
         ]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -220,6 +223,8 @@ class MasterState:
         self._open[sequence.seq_id] = sequence
         if event.timeout_s is not None:
             self._deadlines.add(sequence.seq_id, now + event.timeout_s)
+        if self._phase is PipelinePhase.READY and not self._scheduler.running:
+            self._gathering.add(now)
         return []
 
     def _on_abort(self, event: Abort) -> list[MasterEffect]:
@@ -326,6 +331,7 @@ class MasterState:
         self._retry_at = None
         self._last_step = 0
         self._liveness.begin()
+        self._gathering.end()
         return [ClosePipeline(epoch=self._epoch)] if alive else []
 
     def _release(self, worker_ids: Iterable[WorkerId]) -> list[MasterEffect]:
@@ -496,7 +502,7 @@ class MasterState:
         assert self._pacing is not None, "a pipeline has its pace"
         effects: list[MasterEffect] = []
         num_groups = self._max_steps_in_flight()
-        while len(self._scheduler.in_flight) < num_groups:
+        while len(self._scheduler.in_flight) < num_groups and not self._gathers(now):
             step = self._scheduler.schedule(
                 epoch=self._epoch,
                 step=self._last_step + 1,
@@ -511,6 +517,15 @@ class MasterState:
         if probe_at is not None and probe_at <= now:
             effects.append(self._probe(now))
         return effects
+
+    def _gathers(self, now: float) -> bool:
+        """Whether the first step of an idle pipeline waits for requests that may come with those that are here."""
+        if self._gathering.until is None:
+            return False
+        waiting = self._scheduler.waiting
+        if not waiting or sum(s.num_prompt_tokens for s in waiting) >= self._settings.token_budget:
+            self._gathering.end()
+        return self._gathering.goes_on(now)
 
     def _max_steps_in_flight(self) -> int:
         if self._settings.max_steps_in_flight is not None:

@@ -31,6 +31,7 @@ class CoreSettings:
     heartbeat_timeout_s: float = 10.0  # a worker that was heard once and is silent for longer is lost
     load_timeout_s: float = 3600.0  # from the assignments to the first token through the pipeline
     probe_interval_s: float | None = None  # an idle pipeline is tried with a token of the master's own; None: never
+    gather_s: float = 0.0  # an idle pipeline waits so long for requests that come together; 0: it does not
     max_gap_ratio: float = MAX_GAP_RATIO  # most that prompts may stretch a sequence's gap between tokens, about
     recover: bool = False  # on a lost worker: place again over what is left; else end every request with an error
     max_redeploys: int = 3  # recoveries in a row without one finished step before the master gives up
@@ -59,6 +60,8 @@ class CoreSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0 seconds")
+        if not self.gather_s >= 0:
+            raise ConfigError(f"gather_s is {self.gather_s}; it must be 0 (no waiting) or above")
         if not self.max_gap_ratio > 1:
             raise ConfigError(f"max_gap_ratio is {self.max_gap_ratio}; it must be above 1")
         for name in ("max_redeploys", "workspace_bytes", "typical_prompt_tokens"):

@@ -498,6 +498,7 @@ def core_settings(config: MasterConfig, costs: ModelCosts, first_epoch: Epoch) -
         max_steps_in_flight=config.steps_in_flight or None,
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         probe_interval_s=config.probe_interval_s or None,
+        gather_s=config.gather_s,
         recover=config.recover,
         first_epoch=first_epoch,
     )
