@@ -13,6 +13,7 @@ from shardwright.core.step_times import (
     StagePace,
     StepShape,
     StepTimes,
+    all_through_s,
     choose_steps_in_flight,
     cycle_s,
     split,
@@ -169,6 +170,16 @@ def test_a_cycle_is_the_longest_trip_or_the_busiest_stage():
     assert cycle_s(stages({}), {StepShape(num_sequences=8): 1}) is None
 
 
+def test_all_are_through_when_the_pipeline_filled_and_drained():
+    paces = stages({8: 0.08}, delay_s=0.005)
+    assert all_through_s(paces, {StepShape(num_sequences=8): 1}) == pytest.approx(0.17)
+    assert all_through_s(paces, {StepShape(num_sequences=8): 3}) == pytest.approx(0.17 + 2 * 0.08)
+    uneven = [*stages({1: 0.01, 8: 0.02}, count=1), *stages({1: 0.02, 8: 0.08}, count=1)]
+    steps = {StepShape(num_sequences=8): 1, StepShape(num_sequences=1): 2}
+    assert all_through_s(uneven, steps) == pytest.approx(0.1 + 2 * 0.02)
+    assert all_through_s(stages({}), {StepShape(num_sequences=8): 1}) is None
+
+
 def test_a_slow_link_is_a_stage_too():
     slow = [replace(pace, link_token_s=0.01) for pace in stages(FLAT)]
     assert cycle_s(slow, {StepShape(num_sequences=8): 3}) == pytest.approx(0.24)
@@ -186,6 +197,21 @@ def test_where_time_grows_with_the_sequences_every_machine_gets_a_step():
     assert choose(stages(LINEAR), decodes=8) == 2
     assert choose(stages(LINEAR, count=4), decodes=8) == 4
     assert choose(stages(LINEAR), decodes=1) == 1
+
+
+def test_prompts_that_are_all_there_is_are_split_only_where_filling_the_pipeline_costs_less():
+    """Two stages that share their machine's cores: each is twice as slow while the other computes."""
+    alone = {"prompts": {100: 0.1, 200: 0.2}}
+    shared = [
+        StagePace(
+            num_sharing=2,
+            times=times_of(*measured({1: 0.001}, alone["prompts"]), *measured({1: 0.002}, {100: 0.2}, concurrency=2)),
+        )
+        for _ in range(2)
+    ]
+    assert choose(shared, prompts=8, tokens=200) == 1
+    assert choose(stages({1: 0.001}, **alone), prompts=8, tokens=200) > 1, "two machines compute at once"
+    assert choose(stages({1: 0.001}, **alone), prompts=64, tokens=64 * 512) == 2, "more waits: the pipeline stays full"
 
 
 def test_slow_links_are_filled_with_more_steps():

@@ -9,7 +9,8 @@ is back once, each stage computes all m of them. So all of them are back after
 
 and m is worth (what the m steps compute) / cycle. For decodes alone that is B / cycle tokens a second. Where t is flat
 in b (decode bound by memory) more than one step never pays; where t grows with b or with prompt tokens, up to about
-S (1 + l/t) steps gain in proportion.
+S (1 + l/t) steps gain in proportion. Where the m steps are all that there is, prompts that wait at an idle pipeline, it
+also has to fill and to drain: they are worth (what they compute) / (the time until all of them went through).
 
 Stages on one device (one machine's cores, one GPU) slow each other down when they compute at the same time, and how
 much only a measurement tells: work that waits for memory halves its speed, work that waits for the interpreter keeps
@@ -317,23 +318,47 @@ def split(mix: Mix, *, num_steps: int, chunk_tokens: float) -> Shapes:
     return shapes
 
 
-def cycle_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
-    """Seconds until each of these steps is back once, with all of them in flight; None when a stage is not measured."""
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    """What it takes to bring steps through all stages."""
+
+    longest_trip_s: float  # of one of them, alone
+    busiest_s: float  # of all of them, at the stage or link that is taken by them longest
+    largest_there_s: float  # of the one that takes the longest there
+
+
+def _passage(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool) -> _Passage | None:
+    """None when a stage is not measured."""
     num_steps = sum(shapes.values())
     trips = dict.fromkeys(shapes, 0.0)
-    busiest_s = 0.0
+    busiest_s = largest_s = 0.0
     for stage in stages:
-        stage_s = wire_s = 0.0
+        times: list[float] = []
+        wires: list[float] = []
         for shape, count in shapes.items():
             step_s = stage.step_s(shape, num_steps=num_steps, hopeful=hopeful)
             if step_s is None:
                 return None
             link_s = stage.link_s(shape)
             trips[shape] += step_s + link_s + stage.link_delay_s
-            stage_s += count * step_s
-            wire_s += count * link_s
-        busiest_s = max(busiest_s, stage_s, wire_s)
-    return max(busiest_s, *trips.values())
+            times += [step_s] * count
+            wires += [link_s] * count
+        for taken in (times, wires):
+            if sum(taken) > busiest_s:
+                busiest_s, largest_s = sum(taken), max(taken)
+    return _Passage(max(trips.values()), busiest_s, largest_s)
+
+
+def cycle_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
+    """Seconds until each of these steps is back once, with all of them in flight; None when a stage is not measured."""
+    passage = _passage(stages, shapes, hopeful=hopeful)
+    return None if passage is None else max(passage.busiest_s, passage.longest_trip_s)
+
+
+def all_through_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
+    """Seconds until all of these steps went through an empty pipeline, which fills and drains; None as `cycle_s`."""
+    passage = _passage(stages, shapes, hopeful=hopeful)
+    return None if passage is None else passage.longest_trip_s + passage.busiest_s - passage.largest_there_s
 
 
 def choose_steps_in_flight(stages: Sequence[Pace], mix: Mix, *, chunk_tokens: TokensPerStep, current: int = 1) -> int:
@@ -358,12 +383,18 @@ def choose_steps_in_flight(stages: Sequence[Pace], mix: Mix, *, chunk_tokens: To
         if num_worse > _MOST_WORSE:
             break
         shapes = split(mix, num_steps=num_steps, chunk_tokens=chunk_tokens(num_steps))
-        seconds = cycle_s(stages, shapes, hopeful=not is_mixed)
+        is_all = mix.num_decodes == 0 and _num_tokens(shapes) >= mix.prompt_tokens
+        time_of = all_through_s if is_all else cycle_s
+        seconds = time_of(stages, shapes, hopeful=not is_mixed)
         rate = worth.of_steps(mix, shapes) / seconds if seconds else 0.0  # times of zero promise nothing
         num_worse += 1
         if rate > best_rate * (1.0 if num_steps == current else WORTHWHILE):
             best_steps, best_rate, num_worse = num_steps, rate, 0
     return best_steps
+
+
+def _num_tokens(shapes: Shapes) -> float:
+    return sum(count * (shape.num_sequences + shape.prompt_tokens) for shape, count in shapes.items())
 
 
 def _candidates(mix: Mix) -> list[int]:
@@ -400,5 +431,4 @@ class _Worth:
 
     def of_steps(self, mix: Mix, shapes: Shapes) -> float:
         """All that these steps compute."""
-        computed = sum(count * (shape.num_sequences + shape.prompt_tokens) for shape, count in shapes.items())
-        return self.decodes_s + self.prompt_token_s * (computed - mix.num_decodes)
+        return self.decodes_s + self.prompt_token_s * (_num_tokens(shapes) - mix.num_decodes)

@@ -1,5 +1,5 @@
 // What a stage of 16-bit weights computes most on a CPU: products of activations with weights in their plain row-major
-// order, norms, and attention of sequences with one new token each. Of products:
+// order, norms, rotary embedding, and attention of sequences with one new token each. Of products:
 //
 // y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once.
 //
@@ -502,6 +502,82 @@ extern "C" int shardwright_rms_norm(const void *x, const void *weight, void *y, 
     if (kind == 0) return normalise<BFloat16>(norm, parallel, threads);
 #if defined(HAS_FLOAT16)
     if (kind == 1) return normalise<Float16>(norm, parallel, threads);
+#endif
+    return 2;
+}
+
+// Rotary embedding (Su et al., 2021) of queries and keys, with halves turned into each other: what all threads share.
+struct Turned {
+    const uint16_t *x;   // [rows][heads][size]: rows and heads so far apart
+    uint16_t *y;
+    long heads, x_row, x_head, y_row, y_head;
+};
+
+struct Rotary {
+    Turned queries, keys;
+    const uint16_t *cosines, *sines;  // [rows][size]
+    long cosine_row, sine_row;
+    long rows, size;
+    long next;  // the next row that no thread has taken
+};
+
+// Each product is rounded and then their sum, as torch does it.
+template <class Kind>
+INLINE uint16_t turned(uint16_t a, uint16_t cosine, float b, uint16_t sine) {
+    const float first = Kind::to_float(Kind::from_float(Kind::to_float(a) * Kind::to_float(cosine)));
+    const float second = Kind::to_float(Kind::from_float(b * Kind::to_float(sine)));
+    return Kind::from_float(first + second);
+}
+
+template <class Kind>
+static void turn_heads(const Turned &turn, long row, long size, const uint16_t *__restrict cosines,
+                       const uint16_t *__restrict sines) {
+    const long half = size / 2;
+    for (long head = 0; head < turn.heads; head++) {
+        const uint16_t *__restrict x = turn.x + row * turn.x_row + head * turn.x_head;
+        uint16_t *__restrict y = turn.y + row * turn.y_row + head * turn.y_head;
+        for (long i = 0; i < half; i++) y[i] = turned<Kind>(x[i], cosines[i], -Kind::to_float(x[half + i]), sines[i]);
+        for (long i = half; i < size; i++) y[i] = turned<Kind>(x[i], cosines[i], Kind::to_float(x[i - half]), sines[i]);
+    }
+}
+
+template <class Kind>
+static void turn_rows(void *data) {
+    Rotary &rotary = *(Rotary *)data;
+    for (long row = take(rotary); row < rotary.rows; row = take(rotary)) {
+        const uint16_t *cosines = rotary.cosines + row * rotary.cosine_row;
+        const uint16_t *sines = rotary.sines + row * rotary.sine_row;
+        turn_heads<Kind>(rotary.queries, row, rotary.size, cosines, sines);
+        turn_heads<Kind>(rotary.keys, row, rotary.size, cosines, sines);
+    }
+}
+
+template <class Kind>
+static int rotate(Rotary &rotary, Parallel parallel, long threads) {
+    const long num_values = rotary.rows * (rotary.queries.heads + rotary.keys.heads) * rotary.size;
+    run(parallel, turn_rows<Kind>, rotary, rotary.rows, num_values < 32768 ? 1 : threads);
+    return 0;
+}
+
+// The strides are of rows and of heads: queries', keys' and those of both results. Nonzero: a kind that this machine
+// can't widen.
+extern "C" int shardwright_rotate(const void *queries, const void *keys, const void *cosines, const void *sines,
+                                  void *queries_out, void *keys_out, long q_row, long k_row, long q_out_row,
+                                  long k_out_row, long q_head, long k_head, long q_out_head, long k_out_head,
+                                  long cosine_row, long sine_row, long rows, long heads, long kv_heads, long size,
+                                  int kind, long threads, Parallel parallel) {
+    Rotary rotary = {};
+    rotary.queries = {(const uint16_t *)queries, (uint16_t *)queries_out, heads, q_row, q_head, q_out_row, q_out_head};
+    rotary.keys = {(const uint16_t *)keys, (uint16_t *)keys_out, kv_heads, k_row, k_head, k_out_row, k_out_head};
+    rotary.cosines = (const uint16_t *)cosines;
+    rotary.sines = (const uint16_t *)sines;
+    rotary.cosine_row = cosine_row;
+    rotary.sine_row = sine_row;
+    rotary.rows = rows;
+    rotary.size = size;
+    if (kind == 0) return rotate<BFloat16>(rotary, parallel, threads);
+#if defined(HAS_FLOAT16)
+    if (kind == 1) return rotate<Float16>(rotary, parallel, threads);
 #endif
     return 2;
 }

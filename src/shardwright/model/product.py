@@ -1,6 +1,6 @@
-"""Products with 16-bit weights, and norms, on a CPU by a kernel of our own (`product.cpp`), compiled where it is used.
+"""What 16-bit stages compute most on a CPU, by a kernel of our own (`product.cpp`), compiled where it is used.
 
-Knows a compiler, a folder and one function; nothing of models. Where there is no compiler, or anything else is in the
+Products with weights, norms, rotary embedding and the attention of decodes. Knows a compiler and a folder; nothing of models. Where there is no compiler, or anything else is in the
 way, there is no kernel, and whoever asked goes on with torch's products.
 """
 
@@ -62,6 +62,8 @@ class Product:
             *(pointer, long, long, pointer, pointer, pointer, pointer),
             *(long, long, long, long, long, long, ctypes.c_float, ctypes.c_int, long, pointer),
         ]
+        self._rotate: Any = library.shardwright_rotate
+        self._rotate.argtypes = [*([pointer] * 6), *([long] * 14), ctypes.c_int, long, pointer]
         self._norm: Any = library.shardwright_rms_norm
         self._norm.argtypes = [
             *(pointer, pointer, pointer),
@@ -129,6 +131,40 @@ class Product:
         if status:
             raise ValueError(f"the kernel does not know {weight.dtype} on this CPU")
         return y
+
+    def rotate(
+        self, queries: torch.Tensor, keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embedding of [1, heads, rows, size] and [1, kv_heads, rows, size] by [1, rows, size].
+
+        All are of one dtype, on the CPU and dense in their last dimension; the halves of a head are turned into each
+        other. Each product and each sum is rounded, as torch's operations round.
+        """
+        _, heads, rows, size = queries.shape
+        turned = torch.empty_like(queries), torch.empty_like(keys)
+        q_in, k_in, q_out, k_out = queries.stride(), keys.stride(), turned[0].stride(), turned[1].stride()
+        status = self._rotate(
+            queries.data_ptr(),
+            keys.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            turned[0].data_ptr(),
+            turned[1].data_ptr(),
+            *(q_in[2], k_in[2], q_out[2], k_out[2]),
+            *(q_in[1], k_in[1], q_out[1], k_out[1]),
+            cosines.stride(1),
+            sines.stride(1),
+            rows,
+            heads,
+            keys.shape[1],
+            size,
+            _KINDS[queries.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status:
+            raise ValueError(f"the kernel does not know {queries.dtype} on this CPU")
+        return turned
 
     def attend(
         self,

@@ -30,6 +30,7 @@ from shardwright.model.probe import AttentionFacts, KeyPath
 from shardwright.model.product import Product
 from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
+from shardwright.model.rotary import swap_rotary
 from shardwright.model.sampler_state import SamplerStates, SequenceState
 from shardwright.model.sampling import sample, score, select_rows
 from shardwright.model.skeleton import StageEnd
@@ -263,7 +264,10 @@ class Stage:
                     attention.kv, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
                 port = PagedLayer(cache, self._cell, attention.window)
-                setattr(layer.get_submodule(attention.module), PORT_ATTRIBUTE, port)
+                module = layer.get_submodule(attention.module)
+                setattr(module, PORT_ATTRIBUTE, port)
+                if kernel is not None:
+                    swap_rotary(module, kernel)
                 self._caches.append(cache)
                 self._windows[attention.window] = None
         self._kernel = _if_fit(kernel, attentions, dtype)
