@@ -1,7 +1,8 @@
 """What 16-bit stages compute most on a CPU, by a kernel of our own (`product.cpp`), compiled where it is used.
 
-Products with weights, norms, rotary embedding and the attention of decodes. Knows a compiler and a folder; nothing of models. Where there is no compiler, or anything else is in the
-way, there is no kernel, and whoever asked goes on with torch's products.
+Products with weights, norms, rotary embedding and the attention of decodes. Knows a compiler and a folder; nothing of
+models. Where there is no compiler, or anything else is in the way, there is no kernel, and whoever asked goes on with
+torch's products.
 """
 
 from __future__ import annotations
