@@ -122,8 +122,8 @@ class MasterConfig:
             )
         if not self.probe_interval_s >= 0:
             raise ConfigError(f"probe_interval_s is {self.probe_interval_s}; it must be 0 (never) or above")
-        if not self.gather_s >= 0:
-            raise ConfigError(f"gather_s is {self.gather_s}; it must be 0 (no waiting) or above")
+        if not 0 <= self.gather_s <= 10:
+            raise ConfigError(f"gather_s is {self.gather_s}; it must be from 0 (no waiting) to 10 seconds")
         _check_endpoint(self.otlp_endpoint)
 
     @property

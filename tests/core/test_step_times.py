@@ -177,6 +177,7 @@ def test_all_are_through_when_the_pipeline_filled_and_drained():
     uneven = [*stages({1: 0.01, 8: 0.02}, count=1), *stages({1: 0.02, 8: 0.08}, count=1)]
     steps = {StepShape(num_sequences=8): 1, StepShape(num_sequences=1): 2}
     assert all_through_s(uneven, steps) == pytest.approx(0.1 + 2 * 0.02)
+    assert all_through_s(paces, {StepShape(num_sequences=8): 3}, num_rounds=2.5) == pytest.approx(0.33 + 1.5 * 0.24)
     assert all_through_s(stages({}), {StepShape(num_sequences=8): 1}) is None
 
 
@@ -211,7 +212,13 @@ def test_prompts_that_are_all_there_is_are_split_only_where_filling_the_pipeline
     ]
     assert choose(shared, prompts=8, tokens=200) == 1
     assert choose(stages({1: 0.001}, **alone), prompts=8, tokens=200) > 1, "two machines compute at once"
-    assert choose(stages({1: 0.001}, **alone), prompts=64, tokens=64 * 512) == 2, "more waits: the pipeline stays full"
+    assert choose(shared, prompts=5, tokens=112) == 1, "a number of prompts that does not divide their tokens"
+
+
+@pytest.mark.parametrize("tokens", [1000, 1024, 1025, 1280])
+def test_whether_one_round_takes_all_prompts_makes_no_jump(tokens):
+    """Two machines, times in proportion to tokens: small steps fill the pipeline sooner, one token more or less."""
+    assert choose(stages({1: 0.001}, prompts={64: 0.064, 512: 0.512}), prompts=8, tokens=tokens) == 8
 
 
 def test_slow_links_are_filled_with_more_steps():

@@ -175,9 +175,8 @@ class MasterState:
             self._cluster.next_deadline(),
             self._load_deadline,
             self._deadlines.next(),
-            self._liveness.next_probe,
+            self._liveness.next_probe if self._gathering.until is None else self._gathering.until,
             self._retry_at,
-            self._gathering.until,
         ]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -223,7 +222,7 @@ class MasterState:
         self._open[sequence.seq_id] = sequence
         if event.timeout_s is not None:
             self._deadlines.add(sequence.seq_id, now + event.timeout_s)
-        if self._phase is PipelinePhase.READY and not self._scheduler.running:
+        if self._phase is PipelinePhase.READY and not self._scheduler.running and not self._scheduler.in_flight:
             self._gathering.add(now)
         return []
 
@@ -500,9 +499,11 @@ class MasterState:
             return []
         assert self._cluster.all_loaded(), "a pipeline takes steps over workers that are not ready"
         assert self._pacing is not None, "a pipeline has its pace"
+        if self._gathers(now):
+            return []
         effects: list[MasterEffect] = []
         num_groups = self._max_steps_in_flight()
-        while len(self._scheduler.in_flight) < num_groups and not self._gathers(now):
+        while len(self._scheduler.in_flight) < num_groups:
             step = self._scheduler.schedule(
                 epoch=self._epoch,
                 step=self._last_step + 1,
@@ -523,7 +524,9 @@ class MasterState:
         if self._gathering.until is None:
             return False
         waiting = self._scheduler.waiting
-        if not waiting or sum(s.num_prompt_tokens for s in waiting) >= self._settings.token_budget:
+        num_tokens = sum(len(sequence.tokens) for sequence in waiting)
+        is_enough = num_tokens >= self._settings.token_budget or len(waiting) >= self._settings.max_running
+        if not waiting or is_enough:
             self._gathering.end()
         return self._gathering.goes_on(now)
 

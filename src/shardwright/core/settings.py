@@ -60,8 +60,8 @@ class CoreSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0 seconds")
-        if not self.gather_s >= 0:
-            raise ConfigError(f"gather_s is {self.gather_s}; it must be 0 (no waiting) or above")
+        if not 0 <= self.gather_s <= 10:
+            raise ConfigError(f"gather_s is {self.gather_s}; it must be from 0 (no waiting) to 10 seconds")
         if not self.max_gap_ratio > 1:
             raise ConfigError(f"max_gap_ratio is {self.max_gap_ratio}; it must be above 1")
         for name in ("max_redeploys", "workspace_bytes", "typical_prompt_tokens"):

@@ -9,8 +9,12 @@ is back once, each stage computes all m of them. So all of them are back after
 
 and m is worth (what the m steps compute) / cycle. For decodes alone that is B / cycle tokens a second. Where t is flat
 in b (decode bound by memory) more than one step never pays; where t grows with b or with prompt tokens, up to about
-S (1 + l/t) steps gain in proportion. Where the m steps are all that there is, prompts that wait at an idle pipeline, it
-also has to fill and to drain: they are worth (what they compute) / (the time until all of them went through).
+S (1 + l/t) steps gain in proportion.
+
+Prompts without decodes beside them are thought to be all that there is, at an idle pipeline: it also has to fill and to
+drain. They are worth what all of them need, over the time until all of them went through, in as many rounds of m steps
+as their chunks take. (More may come, and then the pipeline was fuller than that; the more rounds there are, the less it
+matters.)
 
 Stages on one device (one machine's cores, one GPU) slow each other down when they compute at the same time, and how
 much only a measurement tells: work that waits for memory halves its speed, work that waits for the interpreter keeps
@@ -355,10 +359,18 @@ def cycle_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> 
     return None if passage is None else max(passage.busiest_s, passage.longest_trip_s)
 
 
-def all_through_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> float | None:
-    """Seconds until all of these steps went through an empty pipeline, which fills and drains; None as `cycle_s`."""
+def all_through_s(
+    stages: Sequence[Pace], shapes: Shapes, *, num_rounds: float = 1.0, hopeful: bool = True
+) -> float | None:
+    """Seconds until these steps went so many times through an empty pipeline, which fills and drains.
+
+    None as `cycle_s`.
+    """
     passage = _passage(stages, shapes, hopeful=hopeful)
-    return None if passage is None else passage.longest_trip_s + passage.busiest_s - passage.largest_there_s
+    if passage is None:
+        return None
+    once_s = passage.longest_trip_s + passage.busiest_s - passage.largest_there_s
+    return once_s + (num_rounds - 1) * max(passage.busiest_s, passage.longest_trip_s)
 
 
 def choose_steps_in_flight(stages: Sequence[Pace], mix: Mix, *, chunk_tokens: TokensPerStep, current: int = 1) -> int:
@@ -383,10 +395,12 @@ def choose_steps_in_flight(stages: Sequence[Pace], mix: Mix, *, chunk_tokens: To
         if num_worse > _MOST_WORSE:
             break
         shapes = split(mix, num_steps=num_steps, chunk_tokens=chunk_tokens(num_steps))
-        is_all = mix.num_decodes == 0 and _num_tokens(shapes) >= mix.prompt_tokens
-        time_of = all_through_s if is_all else cycle_s
-        seconds = time_of(stages, shapes, hopeful=not is_mixed)
-        rate = worth.of_steps(mix, shapes) / seconds if seconds else 0.0  # times of zero promise nothing
+        if mix.num_decodes:
+            seconds, value = cycle_s(stages, shapes, hopeful=not is_mixed), worth.of_steps(mix, shapes)
+        else:
+            num_rounds = max(mix.prompt_tokens / _num_tokens(shapes), 1.0)
+            seconds, value = all_through_s(stages, shapes, num_rounds=num_rounds), worth.of_prompts(mix)
+        rate = value / seconds if seconds else 0.0  # times of zero promise nothing
         num_worse += 1
         if rate > best_rate * (1.0 if num_steps == current else WORTHWHILE):
             best_steps, best_rate, num_worse = num_steps, rate, 0
@@ -432,3 +446,7 @@ class _Worth:
     def of_steps(self, mix: Mix, shapes: Shapes) -> float:
         """All that these steps compute."""
         return self.decodes_s + self.prompt_token_s * (_num_tokens(shapes) - mix.num_decodes)
+
+    def of_prompts(self, mix: Mix) -> float:
+        """All of the prompts."""
+        return self.prompt_token_s * mix.prompt_tokens

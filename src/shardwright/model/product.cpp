@@ -274,14 +274,15 @@ INLINE void store_tile(const Job &job, long m, long n, float (&totals)[MR][NR]) 
     for (int r = 0; r < MR; r++) memcpy(job.y + (m + r) * job.n + n, rounded + r * NR, NR * sizeof(uint16_t));
 }
 
-// Few rows of x: all of k for NR rows of w. Meanwhile their part of the next NR rows is fetched.
+// Few rows of x: all of k for NR rows of w. Meanwhile its part of a later tile's rows is fetched.
 template <class Kind, int MR, int NR>
 static void stream_tile(const Job &job, long m, long n, long part, long parts) {
     const uint16_t *w = job.w + n * job.w_stride;
     const float *x = job.wide + m * job.wide_stride;
-    const long tile = NR * job.w_stride, share = (NR + parts - 1) / parts;  // of the rows to fetch, when several pass
+    const long tile = NR * job.w_stride, share = (NR + parts - 1) / parts;  // rows to fetch, when several tiles pass
     const long far = (AHEAD_BYTES / (tile * (long)sizeof(uint16_t)) + 1) * tile;
-    const Ahead ahead = {w + far + part * share * job.w_stride, share};
+    const long left = NR - part * share;  // for the last of them
+    const Ahead ahead = {w + far + part * share * job.w_stride, left < share ? left : share};
     float totals[MR][NR] = {};
     for (long begin = 0; begin < job.k; begin += K_PIECE)
         multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
