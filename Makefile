@@ -57,10 +57,10 @@ serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at htt
 	  --tensor-parallel "$$DEMO_TENSOR_PARALLEL" --port "$$SERVE_PORT"
 
 test: $(STAMP)  ## run the tests, but for the slow ones and those that need a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## run the slow tests; some need Node.js, Chromium (make test-programs) or Debian's packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 gpu-check: $(STAMP)  ## test and measure on this machine's GPUs, and write REPORT=gpu-report.md (and .json)
 	@$(BIN)/python tools/gpu_check.py --report "$$GPU_REPORT"

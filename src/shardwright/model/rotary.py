@@ -87,7 +87,7 @@ def swap_rotary(attention: nn.Module, product: Product) -> bool:
     Only where its `forward` is plain code that calls its family's function by name. The module gets a class of its own
     kind: a `forward` among its attributes would hold the module itself, and its memory until Python looks for cycles.
     """
-    mine = _with_kernel(type(attention), product)
+    mine = _with_kernel(type(attention), product)  # type: ignore[arg-type]  # mypy takes classes for unhashable
     if mine is None:
         return False
     attention.__class__ = mine
