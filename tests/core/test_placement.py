@@ -222,8 +222,9 @@ def test_no_other_placement_is_better(case, limits):
     check(plan, costs, workers)
 
 
-TIERS = (NOTHING, (400, 0.5), (90, 0.5), (400, 3.0), (400, 0.05))
-"""Bytes that a worker may keep beside its memory, and how many a second come back."""
+TIERS = (NOTHING, (400, 0.5), (90, 0.5), (400, 4.0), (400, 0.05))
+"""Bytes that a worker may keep beside its memory, and how many a second come back: whole attoseconds for a byte, or two
+placements of equal bottleneck would differ by a rounding, and the one of longer latency be right to win."""
 
 
 @st.composite
