@@ -15,6 +15,9 @@ PORT := 8000
 SEEDS := 1000
 REPORT := gpu-report.md
 
+# The tests start hundreds of processes, each of which would compile our own code again where nothing may be written.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # Handed to recipes through the environment, unexpanded, so that quotes, spaces and dollar signs stay as typed.
 export DEMO_PROMPT := $(value PROMPT)
 export DEMO_MODEL := $(value MODEL)
@@ -57,10 +60,10 @@ serve: $(STAMP)  ## serve MODEL=smollm2-135m cut over WORKERS=2 processes at htt
 	  --tensor-parallel "$$DEMO_TENSOR_PARALLEL" --port "$$SERVE_PORT"
 
 test: $(STAMP)  ## run the tests, but for the slow ones and those that need a GPU
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## run the slow tests; some need Node.js, Chromium (make test-programs) or Debian's packages
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 gpu-check: $(STAMP)  ## test and measure on this machine's GPUs, and write REPORT=gpu-report.md (and .json)
 	@$(BIN)/python tools/gpu_check.py --report "$$GPU_REPORT"

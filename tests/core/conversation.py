@@ -87,6 +87,11 @@ def send(number: int, *pieces: SequenceSlice, epoch: int = 1, worker_id: str = "
     return SendStep(worker_id=worker_id, step=StepInput(epoch=epoch, step=number, slices=pieces))
 
 
+def steps(effects: list[MasterEffect]) -> list[StepInput]:
+    """The steps that are sent, in their order."""
+    return [effect.step for effect in effects if isinstance(effect, SendStep)]
+
+
 def sampled(number: int, *tokens: tuple[int, int], epoch: int = 1) -> TokensSampled:
     """Answer to a step: pairs of sequence and token."""
     outs = tuple(TokenOut(seq_id=seq_id, token_id=token, logprob=-1.0) for seq_id, token in tokens)

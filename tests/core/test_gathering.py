@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conversation import piece, ready_master, sampled, send, submit, tell
+from conversation import piece, ready_master, sampled, send, steps, submit, tell
 
-from shardwright.core.effects import SendStep
 from shardwright.core.events import Abort, Tick, WorkerLost
 from shardwright.core.gathering import MAX_TIMES, Gathering
-
-
-def steps(effects):
-    return [effect.step for effect in effects if isinstance(effect, SendStep)]
 
 
 def test_requests_that_come_within_the_time_go_in_one_step():

@@ -1,7 +1,7 @@
 """Conversations with the master about what a server needs: setups, prompt scores, deadlines, a full queue, probes."""
 
 import pytest
-from conversation import COSTS, bring_up, joined, piece, ready_master, sampled, send, settings, submit, tell
+from conversation import COSTS, bring_up, joined, piece, ready_master, sampled, send, settings, steps, submit, tell
 
 from shardwright.core.effects import DeployFailed, EmitPromptScores, EmitToken, Finish, SendStep
 from shardwright.core.events import Abort, Deploy, Submit, Tick, TokensSampled, WorkerLost
@@ -25,10 +25,6 @@ RULES = TokenRules(logit_bias=((3, 1.5),), min_new_tokens=2)
 def ask(seq_id: int, prompt: tuple[int, ...], *, new: int = 4, **more: object) -> Submit:
     values = {"sampling": SamplingParams(), "stop": StopConditions(max_new_tokens=new)} | more
     return Submit(seq_id=seq_id, prompt=prompt, **values)
-
-
-def steps(effects: list) -> list:
-    return [effect.step for effect in effects if isinstance(effect, SendStep)]
 
 
 def only_slice(effects: list) -> SequenceSlice:

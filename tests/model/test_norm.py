@@ -11,14 +11,6 @@ from shardwright.model.norm import KernelNorm, swap_norm
 from shardwright.model.product import FORMS
 
 NAMED = ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "mixtral"]
-DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request, product):
-    if not product.can_multiply(request.param):
-        pytest.skip("this CPU can't widen it")
-    return request.param
 
 
 def random(*shape, dtype, seed=3):

@@ -12,15 +12,7 @@ from shardwright.model import product as product_module
 from shardwright.model.linear import KernelLinear, Linears, choose_linears, pack_linear
 from shardwright.model.product import built_product, find_product
 
-DTYPES = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # what one rounding may change, relative
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request, product):
-    if not product.can_multiply(request.param):
-        pytest.skip("this CPU can't widen it")
-    return request.param
 
 
 def random(*shape, dtype, seed=3):

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from every_family import small_config
+from every_family import small_model
 from tiny_models import fill_randomly, tiny_config
 from transformers import AutoModelForCausalLM
 from transformers.models.cohere import modeling_cohere
@@ -17,15 +17,6 @@ from transformers.models.phi3 import modeling_phi3
 
 from shardwright.model.rotary import KernelRotary, swap_rotary
 from shardwright.model.supported import SPLITTABLE_FAMILIES
-
-DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request, product):
-    if not product.can_multiply(request.param):
-        pytest.skip("this CPU can't widen it")
-    return request.param
 
 
 class Counting:
@@ -163,9 +154,7 @@ def test_a_model_gives_the_same_bits_with_all_its_attentions_turning_by_the_kern
 @pytest.mark.parametrize("family", SPLITTABLE_FAMILIES)
 def test_every_familys_model_gives_the_same_bits_with_all_its_attentions_swapped(product, family):
     """Whatever its function takes: some turn queries and keys by themselves, some name their arguments."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family), dtype=torch.bfloat16).eval()
-    fill_randomly(model, seed=3)
+    model = small_model(family, torch.bfloat16)
     ids = torch.tensor([[5, 9, 2, 7, 11, 3]])
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits

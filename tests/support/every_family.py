@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from tiny_models import fill_randomly
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 LAYERS = 5
@@ -102,3 +104,12 @@ def small_config(model_type: str) -> PreTrainedConfig:
         fields.pop("head_dim", None)
         fields["num_key_value_heads"] = 4
     return cls(**{**fields, **OTHERWISE.get(model_type, {})})
+
+
+def small_model(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of the small config with random weights, the same each time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(model_type), dtype=dtype).eval()
+    fill_randomly(model, seed=3)
+    model.tie_weights()
+    return model

@@ -359,14 +359,12 @@ def cycle_s(stages: Sequence[Pace], shapes: Shapes, *, hopeful: bool = True) -> 
     return None if passage is None else max(passage.busiest_s, passage.longest_trip_s)
 
 
-def all_through_s(
-    stages: Sequence[Pace], shapes: Shapes, *, num_rounds: float = 1.0, hopeful: bool = True
-) -> float | None:
+def all_through_s(stages: Sequence[Pace], shapes: Shapes, *, num_rounds: float = 1.0) -> float | None:
     """Seconds until these steps went so many times through an empty pipeline, which fills and drains.
 
     None as `cycle_s`.
     """
-    passage = _passage(stages, shapes, hopeful=hopeful)
+    passage = _passage(stages, shapes, hopeful=True)
     if passage is None:
         return None
     once_s = passage.longest_trip_s + passage.busiest_s - passage.largest_there_s

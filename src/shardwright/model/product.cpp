@@ -141,6 +141,17 @@ struct Float16 {
 };
 #endif
 
+// What an entry gives: its work for the kind of 16-bit values that it was called with, bfloat16 being 0 and float16 1, or 2
+// for a kind that this machine can't widen.
+#if defined(HAS_FLOAT16)
+#define OF_KIND(work, shared, kind, ...) \
+    ((kind) == 0   ? work<BFloat16>(shared, __VA_ARGS__) \
+     : (kind) == 1 ? work<Float16>(shared, __VA_ARGS__)  \
+                   : 2)
+#else
+#define OF_KIND(work, shared, kind, ...) ((kind) == 0 ? work<BFloat16>(shared, __VA_ARGS__) : 2)
+#endif
+
 INLINE Quarter fold(Floats value) {
     Quarter parts[VECTOR_BYTES / 16];
     memcpy(parts, &value, sizeof parts);
@@ -500,11 +511,7 @@ static int normalise(Norm &norm, Parallel parallel, long threads) {
 extern "C" int shardwright_rms_norm(const void *x, const void *weight, void *y, long rows, long size, float epsilon,
                                     int form, int kind, long threads, Parallel parallel) {
     Norm norm = {(const uint16_t *)x, (const uint16_t *)weight, (uint16_t *)y, rows, size, epsilon, form, 0};
-    if (kind == 0) return normalise<BFloat16>(norm, parallel, threads);
-#if defined(HAS_FLOAT16)
-    if (kind == 1) return normalise<Float16>(norm, parallel, threads);
-#endif
-    return 2;
+    return OF_KIND(normalise, norm, kind, parallel, threads);
 }
 
 // Rotary embedding (Su et al., 2021) of queries and keys, with halves turned into each other: what all threads share.
@@ -576,11 +583,7 @@ extern "C" int shardwright_rotate(const void *queries, const void *keys, const v
     rotary.sine_row = sine_row;
     rotary.rows = rows;
     rotary.size = size;
-    if (kind == 0) return rotate<BFloat16>(rotary, parallel, threads);
-#if defined(HAS_FLOAT16)
-    if (kind == 1) return rotate<Float16>(rotary, parallel, threads);
-#endif
-    return 2;
+    return OF_KIND(rotate, rotary, kind, parallel, threads);
 }
 
 // Attention of sequences with one new token each over K and V in blocks: what all threads share.
@@ -808,21 +811,13 @@ extern "C" int shardwright_attend(const void *q, long q_row, long q_head, const 
     a.block_size = block_size;
     a.num_sequences = num_sequences;
     a.scaling = scaling;
-    if (kind == 0) return attend<BFloat16>(a, parallel, threads);
-#if defined(HAS_FLOAT16)
-    if (kind == 1) return attend<Float16>(a, parallel, threads);
-#endif
-    return 2;
+    return OF_KIND(attend, a, kind, parallel, threads);
 }
 
-// Nonzero: no memory, or a kind that this machine can't widen. kind 0 is bfloat16, 1 is float16.
+// Nonzero: no memory, or a kind that this machine can't widen.
 extern "C" int shardwright_multiply(const void *x, long x_stride, const void *w, long w_stride, const void *bias,
                                     void *y, long m, long n, long k, int kind, long threads, Parallel parallel) {
     Job job = {(const uint16_t *)x, (const uint16_t *)w, (const uint16_t *)bias, (uint16_t *)y, nullptr,
                x_stride, w_stride, 0, m, n, k, 0, 0, 0};
-    if (kind == 0) return multiply<BFloat16>(job, parallel, threads);
-#if defined(HAS_FLOAT16)
-    if (kind == 1) return multiply<Float16>(job, parallel, threads);
-#endif
-    return 2;
+    return OF_KIND(multiply, job, kind, parallel, threads);
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import split_models as lab
-import torch
-from every_family import small_config
-from tiny_models import fill_randomly, prompt_of
-from transformers import AutoModelForCausalLM
+from every_family import small_model
+from tiny_models import prompt_of
 
 from shardwright.model.supported import SPLITTABLE_FAMILIES
 
@@ -18,10 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("family", SPLITTABLE_FAMILIES)
 def test_greedy_tokens_are_the_whole_models(family, tmp_path):
     """In one and in three stages."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family), dtype=torch.float32).eval()
-    fill_randomly(model, seed=3)
-    model.tie_weights()
+    model = small_model(family)
     model.save_pretrained(tmp_path)
     requests = [lab.Asked(prompt=prompt_of(n, n), max_new_tokens=6, joins_at=n % 3) for n in (17, 1, 9)]
     expected = lab.whole_answers(model, requests)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import split_models as lab
-import torch
+from every_family import small_config, small_model
 from ranked_models import RankedModel
-from tiny_models import fill_randomly, prompt_of
-from transformers import AutoModelForCausalLM
+from tiny_models import prompt_of
 
 from shardwright.errors import UnsupportedModelError
 from shardwright.model.families import plan_family
@@ -21,20 +17,9 @@ from shardwright.model.supported import SPLITTABLE_FAMILIES
 pytestmark = pytest.mark.slow
 
 
-def small_config(family):
-    """The configs of the test of all families that can be cut into stages."""
-    path = Path(__file__).parents[2] / "model/stage/test_every_family.py"
-    spec = importlib.util.spec_from_file_location("every_family", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.small_config(family)
-
-
 @pytest.mark.parametrize("family", SHARDABLE_FAMILIES)
 def test_two_ranks_of_two_stages_give_the_whole_models_tokens(ranks, family, tmp_path):
-    model = AutoModelForCausalLM.from_config(small_config(family), dtype=torch.float32).eval()
-    fill_randomly(model, seed=3)
-    model.tie_weights()
+    model = small_model(family)
     model.save_pretrained(tmp_path)
     requests = [lab.Asked(prompt=prompt_of(n, n), max_new_tokens=6, joins_at=n % 3) for n in (17, 1, 9)]
     expected = lab.whole_answers(model, requests)
