@@ -285,15 +285,23 @@ INLINE void store_tile(const Job &job, long m, long n, float (&totals)[MR][NR]) 
     for (int r = 0; r < MR; r++) memcpy(job.y + (m + r) * job.n + n, rounded + r * NR, NR * sizeof(uint16_t));
 }
 
+// Rows of W that one thread takes, and where those begin that it takes after them.
+struct Span {
+    long begin, end;
+    long following;
+};
+
 // Few rows of x: all of k for NR rows of w. Meanwhile its part of a later tile's rows is fetched.
 template <class Kind, int MR, int NR>
-static void stream_tile(const Job &job, long m, long n, long part, long parts) {
+static void stream_tile(const Job &job, Span span, long m, long n, long part, long parts) {
     const uint16_t *w = job.w + n * job.w_stride;
     const float *x = job.wide + m * job.wide_stride;
-    const long tile = NR * job.w_stride, share = (NR + parts - 1) / parts;  // rows to fetch, when several tiles pass
-    const long far = (AHEAD_BYTES / (tile * (long)sizeof(uint16_t)) + 1) * tile;
-    const long left = NR - part * share;  // for the last of them
-    const Ahead ahead = {w + far + part * share * job.w_stride, left < share ? left : share};
+    const long row_bytes = job.w_stride * (long)sizeof(uint16_t);
+    const long share = (NR + parts - 1) / parts;  // rows to fetch, when several tiles pass
+    const long left = NR - part * share;          // for the last of them
+    long later = n + (AHEAD_BYTES / (NR * row_bytes) + 1) * NR;
+    if (later >= span.end) later += span.following - span.end;
+    const Ahead ahead = {job.w + (later + part * share) * job.w_stride, left < share ? left : share};
     float totals[MR][NR] = {};
     for (long begin = 0; begin < job.k; begin += K_PIECE)
         multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
@@ -301,22 +309,22 @@ static void stream_tile(const Job &job, long m, long n, long part, long parts) {
 }
 
 template <class Kind, int NR>
-INLINE void stream_rows(const Job &job, long n) {
+INLINE void stream_rows(const Job &job, Span span, long n) {
     const long parts = (job.m + ROWS - 1) / ROWS;
     for (long part = 0; part < parts; part++) {
         const long m = job.m * part / parts, count = job.m * (part + 1) / parts - m;
-        if (count == 4) stream_tile<Kind, 4, NR>(job, m, n, part, parts);
-        else if (count == 3) stream_tile<Kind, 3, NR>(job, m, n, part, parts);
-        else if (count == 2) stream_tile<Kind, 2, NR>(job, m, n, part, parts);
-        else stream_tile<Kind, 1, NR>(job, m, n, part, parts);
+        if (count == 4) stream_tile<Kind, 4, NR>(job, span, m, n, part, parts);
+        else if (count == 3) stream_tile<Kind, 3, NR>(job, span, m, n, part, parts);
+        else if (count == 2) stream_tile<Kind, 2, NR>(job, span, m, n, part, parts);
+        else stream_tile<Kind, 1, NR>(job, span, m, n, part, parts);
     }
 }
 
 template <class Kind, int NR>
-static void stream_block(const Job &job, long begin, long end) {
-    long n = begin;
-    for (; n + NR <= end; n += NR) stream_rows<Kind, NR>(job, n);
-    for (; n < end; n++) stream_rows<Kind, 1>(job, n);
+static void stream_span(const Job &job, Span span) {
+    long n = span.begin;
+    for (; n + NR <= span.end; n += NR) stream_rows<Kind, NR>(job, span, n);
+    for (; n < span.end; n++) stream_rows<Kind, 1>(job, span, n);
 }
 
 // Many rows of x: for one piece of k, tiles of a block of w against MR rows of x.
@@ -361,14 +369,16 @@ template <class Kind>
 static void multiply_items(void *data) {
     Job &job = *(Job *)data;
     if (job.m <= FEW_ROWS) {
-        for (long item = take(job); item < job.num_items; item = take(job)) {
+        const long parts = (job.m + ROWS - 1) / ROWS, widest = (job.m + parts - 1) / parts;
+        for (long item = take(job), after; item < job.num_items; item = after) {
+            after = take(job);  // already now, so that it can be fetched
             const long begin = item * job.item_rows;
             const long end = begin + job.item_rows < job.n ? begin + job.item_rows : job.n;
-            const long parts = (job.m + ROWS - 1) / ROWS, widest = (job.m + parts - 1) / parts;
-            if (widest == 4) stream_block<Kind, Width<4>::value>(job, begin, end);
-            else if (widest == 3) stream_block<Kind, Width<3>::value>(job, begin, end);
-            else if (widest == 2) stream_block<Kind, Width<2>::value>(job, begin, end);
-            else stream_block<Kind, Width<1>::value>(job, begin, end);
+            const Span span = {begin, end, after < job.num_items ? after * job.item_rows : end};
+            if (widest == 4) stream_span<Kind, Width<4>::value>(job, span);
+            else if (widest == 3) stream_span<Kind, Width<3>::value>(job, span);
+            else if (widest == 2) stream_span<Kind, Width<2>::value>(job, span);
+            else stream_span<Kind, Width<1>::value>(job, span);
         }
         return;
     }
