@@ -23,6 +23,7 @@ from shardwright.model.devices import check_dtype, resolve_device, to_device
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
+from shardwright.model.layer_progress import LayerProgress, layer_progress
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.norm import swap_norm
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
@@ -51,8 +52,9 @@ from shardwright.types import (
 
 HIDDEN = "hidden"
 
-Lead: TypeAlias = Callable[[StepInput, Mapping[str, torch.Tensor]], AbstractContextManager[None]]
-"""Lets the other ranks compute a step that is in order, for as long as rank 0 does; it gets the step and its input."""
+Lead: TypeAlias = Callable[[StepInput, Mapping[str, torch.Tensor], LayerProgress | None], AbstractContextManager[None]]
+"""Lets the other ranks compute a step that is in order, for as long as rank 0 does; it gets the step, its input and how
+far this rank's device is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +247,7 @@ class Stage:
         self._vocabulary = plan.vocabulary
         self._states = SamplerStates(plan.vocabulary, compiler)
         self._samples = ranks is None or ranks.rank == 0
-        self._lead: Lead = lead or (lambda _step, _tensors: contextlib.nullcontext())
+        self._lead: Lead = lead or (lambda _step, _tensors, _progress: contextlib.nullcontext())
         self._cell = BatchCell()
         self._inbox: Mapping[str, torch.Tensor] = {}
         self._captured: dict[str, torch.Tensor] = {}
@@ -271,6 +273,8 @@ class Stage:
                 self._caches.append(cache)
                 self._windows[attention.window] = None
         self._kernel = _if_fit(kernel, attentions, dtype)
+        self.progress = layer_progress(device)
+        """The layers that the device has finished; None where that needs no telling."""
         self._hook_layers()
 
     @property
@@ -328,7 +332,7 @@ class Stage:
         )
         self._logit_rows = batch.logit_rows
         try:
-            with self._lead(step, tensors):
+            with self._lead(step, tensors, self.progress):
                 try:
                     output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
                 except StageEnd as end:
@@ -410,6 +414,8 @@ class Stage:
                 takes_hidden = not self.is_first and index == self.layers.start
                 if takes_hidden or places:
                     layer.register_forward_pre_hook(self._inject(places, takes_hidden=takes_hidden), with_kwargs=True)
+                if self.progress is not None:
+                    layer.register_forward_hook(self._mark)
             elif index >= self.layers.end:
                 places = [(path, name) for path, name in facts.carried if name in self._leaving]
                 places = [(path, name) for path, name in places if name not in self._arriving]
@@ -431,6 +437,11 @@ class Stage:
             return args, {**kwargs, "hidden_states": self._inbox[HIDDEN]}
 
         return hook
+
+    def _mark(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+        """Note that a layer was handed to the device."""
+        if self.progress is not None:
+            self.progress.mark()
 
     def _capture(self, places: list[tuple[KeyPath, str]]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -20,11 +20,13 @@ import psutil
 from shardwright.errors import ShardwrightError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder
+from shardwright.runtime.step_watch import device_state
 from shardwright.runtime.stillness import thread_state
 
 if TYPE_CHECKING:
     import torch
 
+    from shardwright.model.layer_progress import LayerProgress
     from shardwright.model.stage import Stage
     from shardwright.model.tensor_parallel import RankGroup
     from shardwright.runtime.telemetry import GpuWatch
@@ -50,6 +52,7 @@ class Rank:
         self._cancelled: set[int] = set()
         self._stages: dict[int, Stage] = {}
         self._steps_done = 0
+        self._progress_of: LayerProgress | None = None  # the stage of the last step
         self._gpu: GpuWatch | None = None
         self._device: torch.device
         self._group: RankGroup | None = None
@@ -113,7 +116,13 @@ class Rank:
         seen, group = thread_state("self", os.getpid()), self._group
         if seen is None or group is None:
             return None
-        return {"moves": seen.moves, "steps_done": self._steps_done, "waits": group.waits}
+        progress = self._progress_of
+        return {
+            "moves": seen.moves,
+            "steps_done": self._steps_done,
+            "waits": group.waits,
+            "device": None if progress is None else device_state(progress),
+        }
 
     def _answer(self, work: Any, message: Message) -> None:
         """Say how it went; what a user can change is told in its own words."""
@@ -209,7 +218,9 @@ class Rank:
         step = decode_step(message.data, WireLimits()).step
         assert self._group is not None, "it has joined"
         tensors = receive_tensors(message.fields["tensors"], self._group)
-        self._stages[message.fields["key"]].forward(step, tensors)
+        stage = self._stages[message.fields["key"]]
+        self._progress_of = stage.progress
+        stage.forward(step, tensors)
         self._steps_done += 1
 
 

@@ -26,12 +26,14 @@ import psutil
 from shardwright.errors import ClusterError, ConfigError, UnsupportedModelError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder, stage_fields
+from shardwright.runtime.step_watch import FIRST_S, Standstill, device_state
 from shardwright.runtime.stillness import Stillness, thread_state
 from shardwright.types import RankLoad, StepInput
 
 if TYPE_CHECKING:
     import torch
 
+    from shardwright.model.layer_progress import LayerProgress
     from shardwright.model.raw_tensors import RawTensors
     from shardwright.model.stage import Stage, StageOutput
     from shardwright.model.tensor_parallel import RankGroup
@@ -92,6 +94,14 @@ class _Process:
             return False
         return bool(said["steps_done"] < num_steps and not said["waits"])
 
+    def has_finished(self, num_steps: int) -> bool:
+        """Whether, as the last beat has it, its device has finished its part of so many steps."""
+        said = self.progress
+        if said is None or said["device"] is None:
+            return False
+        begun, finished = said["device"]
+        return bool(said["steps_done"] >= num_steps and finished >= begun)
+
     def is_stopped(self) -> bool:
         """Whether the system has stopped the process."""
         try:
@@ -108,6 +118,9 @@ class _Leading:
 
     began_s: float
     stillness: Stillness  # of rank 0
+    progress: LayerProgress | None  # of its device; None on CPUs
+    is_first: bool  # of its stage
+    devices: Standstill = field(default_factory=Standstill)  # all of them
 
 
 class Ranks:
@@ -135,6 +148,7 @@ class Ranks:
         self._over = threading.Event()
         self._leading: _Leading | None = None
         self._num_steps = 0
+        self._warm: set[int] = set()  # stages that have computed a step
         self._processes = [self._start(rank) for rank in range(1, len(devices))]
         for process in self._processes:
             process.listener = threading.Thread(
@@ -314,9 +328,11 @@ class Ranks:
                     stillness.forget()
                 if leading is not None:
                     leading.stillness.forget()
+                    leading.devices = Standstill()
             what = self._find_silent(now_s, was_away=was_away)
-            if what is None and leading is not None and self.devices[0] == "cpu":
-                what = self._find_stuck(leading, now_s)
+            if what is None and leading is not None:
+                find = self._find_stuck if leading.progress is None else self._find_stuck_devices
+                what = find(leading, now_s)
             if what is not None:
                 self._lose(what)
                 return
@@ -355,6 +371,27 @@ class Ranks:
         if min(still_s) >= STILL_S:
             return f"all ranks have stood still in a step for {STILL_S} s: each waits for another"
         return None
+
+    def _find_stuck_devices(self, leading: _Leading, now_s: float) -> str | None:
+        """The same on GPUs, which are told by the layers that they finish: threads hand them over and go on.
+
+        A GPU that hangs keeps the others in the sum before, so that none of them finishes a layer any more.
+        """
+        assert leading.progress is not None
+        own = device_state(leading.progress)
+        others = tuple((each.progress or {}).get("device") for each in self._processes)
+        steps = tuple((each.progress or {}).get("steps_done") for each in self._processes)
+        limit_s = FIRST_S if leading.is_first else STILL_S
+        waited_s = leading.devices.look((own, others, steps), now_s)
+        if waited_s < limit_s or self._leading is not leading:
+            return None
+        unfinished = [str(each) for each in self._processes if not each.has_finished(self._num_steps)]
+        if own.begun > own.finished:
+            unfinished.insert(0, f"rank 0 (process {os.getpid()}, {self.devices[0]})")
+        if not unfinished:
+            return None  # rank 0 picks tokens
+        what = f"no GPU of this worker has finished a layer of a step for {limit_s:g} s"
+        return f"{what}; not yet over: {', '.join(unfinished)}"
 
     def _lose(self, what: str) -> None:
         """The worker is lost with a rank. The first loss is the cause; the others follow from it."""
@@ -430,7 +467,7 @@ class Ranks:
                 progress=progress,
                 group=self.group,
                 kernel_dir=self._kernel_dir,
-                lead=lambda step, inputs: self._lead(key, step, inputs),
+                lead=lambda step, inputs, layers: self._lead(key, step, inputs, layers),
             )
         except BaseException:
             self._tell(Kind.CANCEL, {"key": key})
@@ -451,8 +488,13 @@ class Ranks:
         )
 
     @contextlib.contextmanager
-    def _lead(self, key: int, step: StepInput, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Let the other ranks compute the step too, and give them its input. An error in between is a lost worker."""
+    def _lead(
+        self, key: int, step: StepInput, inputs: Mapping[str, torch.Tensor], progress: LayerProgress | None
+    ) -> Iterator[None]:
+        """Let the other ranks compute the step too, and give them its input. An error in between is a lost worker.
+
+        A GPU's `progress` is watched on behind the block, in which it is only told what to do.
+        """
         import torch
 
         from shardwright.model.tensor_parallel import describe_tensors
@@ -465,18 +507,26 @@ class Ranks:
         self._num_steps += 1
         self._tell(Kind.STEP, {"key": key, "threads": threads, "tensors": describe_tensors(inputs)}, raw)
         group = self.group
-        self._leading = _Leading(time.monotonic(), Stillness("self", threading.get_native_id()))
+        self._leading = _Leading(
+            began_s=time.monotonic(),
+            stillness=Stillness("self", threading.get_native_id()),
+            progress=progress,
+            is_first=key not in self._warm,
+        )
         try:
             for tensor in inputs.values():
                 group.share(tensor.to(group.device))
             yield
+            self._warm.add(key)
         except Exception as exc:
+            progress = None
             if self._over.wait(_CAUSE_S):
                 raise ClusterError(_GONE) from exc  # what the transport says of it is a consequence
             self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
             raise
         finally:
-            self._leading = None
+            if progress is None:
+                self._leading = None
 
 
 class RankedStage:
@@ -485,6 +535,7 @@ class RankedStage:
     def __init__(self, stage: Stage, *, weight_bytes: int, kv_bytes: int, close_others: Callable[[], None]) -> None:
         """`weight_bytes` and `kv_bytes` are all ranks'."""
         self._stage = stage
+        self.progress = stage.progress
         self.weight_bytes = weight_bytes
         self.kv_bytes = kv_bytes
         self._close_others = close_others

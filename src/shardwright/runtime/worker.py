@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from shardwright.runtime.measure import Speed
     from shardwright.runtime.offload_tier import OffloadTier
     from shardwright.runtime.ranks import Ranks
+    from shardwright.runtime.step_watch import StepWatch
     from shardwright.runtime.weight_receiver import ReceivedTensors
     from shardwright.transport.base import Transport
 
@@ -168,9 +169,14 @@ class WorkerShell:
         kernel_dir: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks | None = None,
+        watch: StepWatch | None = None,
     ) -> None:
-        """With `ranks`, all of them compute each stage; `device` and `num_threads` are rank 0's."""
+        """With `ranks`, all of them compute each stage; `device` and `num_threads` are rank 0's.
+
+        `watch` notices a step that hangs, where ranks don't do that themselves.
+        """
         self._device = device
+        self._watch = watch
         self._ranks = ranks
         self._num_threads = num_threads
         self._threads_set = 0
@@ -586,6 +592,12 @@ class WorkerShell:
 
     def _forward(self, held: HeldStage, step: _ArrivedStep) -> ComputedStep:
         """Runs on the compute thread."""
+        if self._watch is None:
+            return self._compute_step(held, step)
+        with self._watch.step(held.stage.progress):
+            return self._compute_step(held, step)
+
+    def _compute_step(self, held: HeldStage, step: _ArrivedStep) -> ComputedStep:
         started_s = self._now()
         message = step.message
         concurrency = min(message.step.steps_in_flight, held.load.assignment.num_sharing)

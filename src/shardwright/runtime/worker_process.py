@@ -11,13 +11,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from shardwright.config import WorkerConfig
 from shardwright.errors import ClusterError, ConfigError
 from shardwright.runtime.kernel_cache import KernelCache
 from shardwright.runtime.measure import resolve_device
 from shardwright.runtime.probe import Machine
+from shardwright.runtime.step_watch import StepWatch
 from shardwright.runtime.tensor_cache import TensorCache
 from shardwright.runtime.tracing import traced_service
 from shardwright.runtime.weight_receiver import WeightReceiver
@@ -52,8 +53,9 @@ async def open_worker(
 ) -> AsyncIterator[OpenWorker]:
     """A worker that listens at `address` until the block ends, and for Prometheus at `metrics_port` of `config.host`.
 
-    With `config.tensor_parallel` it starts the other ranks; if one of them is lost, `on_lost` is called (on a thread of
-    its own) with what happened, and has to end the process (default: it does). `say` gets what a user should know.
+    With `config.tensor_parallel` it starts the other ranks. If one of them is lost, or the worker hangs in a step,
+    `on_lost` is called (on a thread of its own) with what happened, and has to end the process (default: it does).
+    `say` gets what a user should know.
     Raises `ConfigError` for a device that is not there and `AddressInUseError` for a taken port, before it listens.
     """
     if config.offload != "none" and config.tensor_parallel > 1:
@@ -88,6 +90,7 @@ async def open_worker(
         raise
     cache = TensorCache(config.cache_dir, limit_bytes=config.cache_limit_bytes)
     receiver = WeightReceiver(cache, cache_dir=config.cache_dir)
+    watch = _watch_steps(on_lost) if ranks is None else None
     shell = WorkerShell(
         device=str(machine.device),
         num_threads=machine.num_threads,
@@ -98,10 +101,13 @@ async def open_worker(
         offload=machine.offload,
         kernel_dir=kernels.folder,
         ranks=ranks,
+        watch=watch,
     )
     async with contextlib.AsyncExitStack() as stack:
         if ranks is not None:
             stack.push_async_callback(asyncio.to_thread, ranks.close)
+        if watch is not None:
+            stack.callback(watch.close)
         stack.push_async_callback(receiver.close)
         stack.push_async_callback(shell.close)
         if config.metrics_port is not None:
@@ -146,15 +152,28 @@ def _start_ranks(
     holder: list[Ranks] = []
 
     def end(what: str) -> None:
-        """The compute thread may stand in a sum that is never complete, so nothing is put in order."""
         for ranks in holder:
             ranks.kill()
-        with contextlib.suppress(OSError):
-            os.write(2, f"error: {what}\n".encode())
-        os._exit(ClusterError.exit_code)
+        _end_process(what)
 
     holder.append(Ranks(devices=devices, threads=threads, on_lost=on_lost or end, say=say))
     return holder[0]
+
+
+def _watch_steps(on_lost: Callable[[str], None] | None) -> StepWatch:
+    """Who notices that this process hangs in a step."""
+
+    def lose(what: str) -> None:
+        (on_lost or _end_process)(f"this worker hangs in a step: {what}; it can't go on, and ends")
+
+    return StepWatch(lose)
+
+
+def _end_process(what: str) -> NoReturn:
+    """The compute thread may stand in a step that never ends, so nothing is put in order."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {what}\n".encode())
+    os._exit(ClusterError.exit_code)
 
 
 async def _serve_metrics(shell: WorkerShell, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:

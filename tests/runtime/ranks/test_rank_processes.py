@@ -70,7 +70,7 @@ def test_a_step_whose_sum_breaks_since_a_rank_is_gone_names_the_rank(watched, mo
     expected = (ClusterError, "a rank of this worker is gone") if killed else (ConnectionError, "reset by peer")
 
     def break_a_step():
-        with ranks._lead(1, StepInput(epoch=1, step=1, slices=()), {}):
+        with ranks._lead(1, StepInput(epoch=1, step=1, slices=()), {}, None):
             if killed:
                 os.kill(ranks.pids[1], signal.SIGKILL)
             raise ConnectionError("reset by peer")
