@@ -159,6 +159,19 @@ def test_torch_tells_when_the_host_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_stage_tells_which_layers_its_gpu_has_finished(make_whole):
+    split = lab.SplitModel(make_whole("llama").folder, 1, device=CUDA)
+    (stage,) = split.stages
+    lab.serve(split, lab.RAGGED)
+    torch.cuda.synchronize(CUDA)
+    assert stage.progress.finished() == stage.progress.begun == split.steps * len(stage.layers)
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    stage.progress.mark()
+    assert stage.progress.finished() == stage.progress.begun - 1
+    torch.cuda.synchronize(CUDA)
+    assert stage.progress.finished() == stage.progress.begun
+
+
 # --- memory ------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardwright.config import default_cache_dir
 from shardwright.model.deepspeed_kernel import build_kernel
@@ -36,6 +37,9 @@ def strike(folder, rank):
         lock.acquire()
     elif kind == "deadlock without beats":
         ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock
+    elif kind == "device":
+        import torch
+        torch.cuda._sleep(1 << 62)  # cycles
     elif kind == "slow":
         end = time.process_time() + 3.0
         while time.process_time() < end:
@@ -71,7 +75,7 @@ rank_process.main()
 """
 PROGRAM = """
 import os, pathlib, sys, threading, time
-folder, all_reduce, fault, rank = sys.argv[1:]
+folder, device, all_reduce, fault, rank = sys.argv[1:]
 sys.path.insert(0, folder)
 sys.executable = folder + "/rank"
 import split_models as lab
@@ -88,7 +92,8 @@ def lost(what):
     ranks.kill()
     os._exit(3)
 
-ranks = Ranks(devices=["cpu"] * 2, threads=1, on_lost=lost, say=print)
+devices = ["cpu"] * 2 if device == "cpu" else ["cuda:0", "cuda:1"]
+ranks = Ranks(devices=devices, threads=1, on_lost=lost, say=print)
 ranks.join(kernels=default_cache_dir() / "kernels" / "deepspeed", all_reduce=all_reduce)
 whole = save_whole("llama", pathlib.Path(folder, "model"))
 split = RankedModel(ranks, whole.folder, 1)
@@ -116,9 +121,9 @@ def strike(tmp_path):
     support = str(Path(__file__).parents[2] / "support")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])}
 
-    def run(fault, *, rank=1, all_reduce="gloo"):
+    def run(fault, *, rank=1, all_reduce="gloo", device="cpu"):
         with subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), all_reduce, fault, str(rank)],
+            [sys.executable, "-c", PROGRAM, str(tmp_path), device, all_reduce, fault, str(rank)],
             env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True,
         ) as program:  # fmt: skip
             try:
@@ -169,3 +174,17 @@ def test_a_rank_that_is_slow_is_waited_for(strike, fault, rank, all_reduce):
     """For seconds in one layer of a step, in which the other rank stands still: it computes, or would if it could."""
     code, line = strike(fault, rank=rank, all_reduce=all_reduce)
     assert (code, line) == (0, "answered")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("fault", "rank"), [("device", 1), ("device", 0), ("deadlock", 1)])
+def test_a_rank_that_hangs_on_its_gpu_is_lost_though_it_lives(strike, fault, rank):
+    """The other GPU waits in a sum, and both threads have gone on, but for a deadlock."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    code, line = strike(fault, rank=rank, device="cuda", all_reduce="auto")
+    seconds, _, what = line.partition(" s after: ")
+    assert code == 3
+    assert what.startswith("no GPU of this worker has finished a layer of a step for 1.2 s")
+    assert 1.0 < float(seconds) < 8.0  # 2 on a quiet machine
