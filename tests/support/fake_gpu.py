@@ -61,10 +61,21 @@ def fake_gpu(capability: tuple[int, int] = AMPERE, *, reads_real_tensors: bool =
             "is_available": lambda: True,
             "device_count": lambda: 1,
             "get_device_capability": lambda _=None: capability,
+            "Event": FakeEvent,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=reads_real_tensors))
+
+
+class FakeEvent:
+    """Of a GPU that has finished all that it was told."""
+
+    def record(self) -> None:
+        """It is told nothing."""
+
+    def query(self) -> bool:
+        return True
 
 
 def _pin(tensor: torch.Tensor) -> torch.Tensor:

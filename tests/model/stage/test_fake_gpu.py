@@ -63,6 +63,8 @@ def run(stages, slices, watch):
         assert all(t.device == CUDA for t in output.tensors.values())
         assert bool(output.tensors) != stage.is_last
         assert reads.count == int(stage.is_last), "the host reads once, the tokens"
+        assert stage.progress.begun % len(stage.layers) == 0
+        assert stage.progress.begun > 0, "every layer is marked"
     return output
 
 
