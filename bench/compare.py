@@ -43,6 +43,7 @@ sys.path.insert(0, str(HERE))
 
 from gemma_shape import make_gemma_2b  # noqa: E402
 from hop import measure_hop  # noqa: E402
+from orderly import end_in_order  # noqa: E402
 
 PREFILL_TOKENS = 512
 SHORT_PROMPT = 26
@@ -263,6 +264,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read the command line, measure, print."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["gemma-2b", "smollm2", "all"], default="all")
     parser.add_argument(

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from orderly import end_in_order
 
 MODES = ("off", "seen", "traced")
 TOKENS = 48  # of each request
@@ -439,6 +440,7 @@ def main() -> None:
     if sys.argv[1:2] == ["collector"]:
         run_collector_process()
         return
+    end_in_order()
     parser = argparse.ArgumentParser(description="What being watched costs a decode step.")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each block")

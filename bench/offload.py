@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from orderly import end_in_order
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -104,6 +105,7 @@ def measure(options: Sequence[str], *, rounds: int, new_tokens: int) -> str:
 
 def main() -> None:
     """Measure and print a table."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=16)

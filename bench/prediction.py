@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from gemma_shape import make_gemma_2b  # noqa: E402
+from orderly import end_in_order  # noqa: E402
 from serving import delayed_session, pinned_workers, separate_cores, session_on  # noqa: E402
 
 from shardwright.config import MasterConfig, default_cache_dir  # noqa: E402
@@ -253,6 +254,7 @@ async def run(arguments: argparse.Namespace) -> list[Row]:
 
 def main() -> int:
     """Read the command line and measure."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", metavar="MODEL")
     parser.add_argument("--setting", action="append", default=[], metavar="TEXT")

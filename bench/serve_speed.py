@@ -38,6 +38,7 @@ from compare import Prompts, Quiet, ask  # noqa: E402
 from gemma_shape import make_gemma_2b  # noqa: E402
 from http_load import Answer, complete, tokens_per_s  # noqa: E402
 from machine_limits import decode_weight_bytes, matrix_rate, prefill_operations, read_bandwidth  # noqa: E402
+from orderly import end_in_order  # noqa: E402
 from serving import (  # noqa: E402
     Server,
     delayed_session,
@@ -644,6 +645,7 @@ async def run(arguments: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Read the command line, measure, print. Exit code 1 when a part could not be measured."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")
     parser.add_argument("--model", default="all", help="gemma-2b, smollm2, all, or what `shardwright serve` takes")

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orderly import end_in_order
+
 from shardwright.config import default_cache_dir
 from shardwright.runtime.kernel_cache import KernelCache
 
@@ -141,6 +143,7 @@ def measure(stage: Any, dtype: str, sums: list[float], repeats: int, *, is_whole
 
 def main() -> None:
     """Measure both and print a table."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--layers", type=int, default=18, choices=[*range(1, 17), 18], metavar="N",
