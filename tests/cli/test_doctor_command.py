@@ -59,9 +59,7 @@ def examination(workload, *, is_loaded):
         chunk = replace(prompt_loads(cluster, workload.prompt_tokens)[0], num_sampled=0)
         probes = tuple(
             StageProbe(
-                worker_id=stage.worker_id,
-                start=stage.start,
-                end=stage.end,
+                stage=stage,
                 decodes=(TimedStep(load=decode_load(1, context=100), seconds=0.02),),
                 prompt=TimedStep(load=chunk, seconds=0.2),
                 hand_over_s=0.001,

@@ -1,10 +1,12 @@
 """A worker's speed after its stage was probed: the prediction for the probed steps is what they took."""
 
+from dataclasses import replace
+
 import pytest
 
 from shardwright.core.calibration import StageProbe, TimedStep, calibrated, calibrated_workers
 from shardwright.core.placement_costs import PlacementSettings, StageWeights
-from shardwright.core.prediction import StepLoad, WorkerSpeed, decode_load, stage_seconds
+from shardwright.core.prediction import StageOn, StepLoad, WorkerSpeed, decode_load, stage_seconds
 from shardwright.types import ModelCosts
 
 COSTS = ModelCosts(
@@ -19,7 +21,7 @@ def speed(name="a", *, bandwidth=1000.0, rate=1e6, device="cpu"):
     return WorkerSpeed(worker_id=name, host_id="host", device=device, read_bandwidth=bandwidth, matrix_rate=rate)
 
 
-def probe(*seconds, name="a", start=2, end=6, sampled=None, prompt_s=None, slowdown=0.0):
+def probe(*seconds, name="a", start=2, end=6, sampled=None, prompt_s=None, slowdown=0.0, offloaded_bytes=0):
     """Of a stage that took so many seconds for 1, 2, 4 ... sequences."""
     decodes = tuple(
         TimedStep(
@@ -30,9 +32,7 @@ def probe(*seconds, name="a", start=2, end=6, sampled=None, prompt_s=None, slowd
         for index, each in enumerate(seconds)
     )
     return StageProbe(
-        worker_id=name,
-        start=start,
-        end=end,
+        stage=StageOn(worker_id=name, start=start, end=end, offloaded_bytes=offloaded_bytes),
         decodes=decodes,
         prompt=None if prompt_s is None else TimedStep(load=CHUNK, seconds=prompt_s),
         hand_over_s=0.25,
@@ -42,7 +42,7 @@ def probe(*seconds, name="a", start=2, end=6, sampled=None, prompt_s=None, slowd
 
 def predicted(worker, step, found, *, sampled):
     load = step.load if sampled else StepLoad(**{**as_fields(step.load), "num_sampled": 0})
-    return stage_seconds(WEIGHTS, worker, found.start, found.end, load=load).compute_s
+    return stage_seconds(WEIGHTS, worker, found.stage, load=load).compute_s
 
 
 def as_fields(load):
@@ -85,3 +85,15 @@ def test_what_was_not_probed_is_taken_from_who_was():
     assert c.prompt_rate == pytest.approx(2 * worst.prompt_rate)
     assert c.slowdown == 0.4
     assert calibrated_workers(WEIGHTS, speeds, []) == speeds
+
+
+def test_a_stage_that_waits_for_offloaded_weights_tells_what_a_layer_takes_beside_that():
+    """3,000 bytes at 500 a second: six seconds, which a step takes at the least."""
+    offloading = replace(speed(bandwidth=1000.0), offload="nvme", offload_bandwidth=500.0)
+    found = probe(6.4, 7.2, prompt_s=6.2, offloaded_bytes=3000)
+    worker = calibrated(WEIGHTS, offloading, found)
+    assert worker.read_bandwidth == 1000.0
+    assert [seconds for _, seconds in worker.layer_overheads] == pytest.approx([0.4 / 4, 1.2 / 4])
+    assert worker.prompt_rate is None, "such a prompt tells nothing of arithmetic"
+    slow = calibrated(WEIGHTS, offloading, replace(found, prompt=replace(found.prompt, seconds=30.0)))
+    assert slow.prompt_rate is not None

@@ -176,3 +176,23 @@ def test_no_more_than_three_are_chosen_and_none_twice():
     chosen = best_changes([*found, *found])
     assert len(chosen) == min(3, len(found))
     assert [change.gain for change in chosen] == sorted((change.gain for change in chosen), reverse=True)
+
+
+def test_where_weights_come_anew_for_each_step_memory_is_proposed_with_what_it_would_give():
+    toy, capacities, _ = measured(("a", 1e9, 1e12))
+    short = [replace(capacities[0], memory_bytes=400 * MIB, offload="nvme", offload_bytes=2**31, offload_bandwidth=1e8)]
+    worker = replace(toy.workers["a"], offload="nvme", offload_bandwidth=1e8)
+    toy = replace(toy, workers={"a": worker}, placement=PlacementSettings(workspace_bytes=280 * MIB))
+    cut = cut_of(place(COSTS, short, toy.placement))
+    assert cut[0].offloaded_bytes > 0
+    now = predict(toy, cut, WORKLOAD)
+    assert "waiting for weights that are not kept in memory on worker a" in prediction_sentences("Decode", now.one)[0]
+    (change,) = [each for each in all_changes(toy, short, cut, WORKLOAD) if each.kind is ChangeKind.MEMORY]
+    assert change.workers == ("a",)
+    assert change.sentence.startswith("give worker a 0.5 GiB of memory for its stage, ")
+    assert change.cut == (replace(cut[0], offloaded_bytes=0),)
+    assert change.gain > 1.0
+
+
+def test_memory_is_not_proposed_where_all_weights_are_kept():
+    assert ChangeKind.MEMORY not in kinds(changes_of(measured(("a", 1e9, 1e12))))

@@ -1,6 +1,7 @@
 """Predictions against sums done by hand, and against what the formula promises."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +21,9 @@ from shardwright.core.prediction import (
     predict,
     predict_decode,
     predict_prompt,
+    stage_on,
 )
-from shardwright.types import LinkMeasures, ModelCosts, WorkerCapacity
+from shardwright.types import LayerRange, LinkMeasures, ModelCosts, StageAssignment, WorkerCapacity
 
 SMALL = PlacementSettings(block_size=2, min_kv_tokens=4, max_kv_tokens=64, workspace_bytes=0)
 
@@ -302,3 +304,45 @@ def test_all_figures_come_from_one_placement():
     )
     assert figures.new_tokens_per_s == pytest.approx(40 / figures.workload_s)
     assert figures.one.num_tokens == 1
+
+
+def offloading(name, bandwidth, *, host=None, offload="nvme", **more):
+    return replace(speed(name, **more), host_id=host or name, offload=offload, offload_bandwidth=bandwidth)
+
+
+def test_offloaded_weights_are_waited_for_where_they_take_longer_than_all_the_rest():
+    """A stage computes for three seconds; 1,000 bytes come meanwhile."""
+    cut = (StageOn(worker_id="a", start=0, end=3, offloaded_bytes=1000), *on(("b", 3, 6)))
+    waits = {}
+    for bandwidth in (1000.0, 500.0, 200.0):
+        toy = cluster(model(head=0), offloading("a", bandwidth), speed("b"))
+        step = predict_decode(toy, cut, num_sequences=1, context=0)
+        waits[bandwidth] = step.stages[0].offload_s
+        assert step.stages[0].compute_s == pytest.approx(max(3.0, 1000 / bandwidth))
+        assert (PartKind.OFFLOAD in [part.kind for part in step.parts]) == (bandwidth < 1000 / 3)
+    assert waits == pytest.approx({1000.0: 0.0, 500.0: 0.0, 200.0: 2.0})
+
+
+def test_stages_that_compute_at_once_share_a_disk_but_not_the_way_to_their_gpus():
+    cut = tuple(replace(stage, offloaded_bytes=3000) for stage in AB)
+    waits = {}
+    for offload in ("nvme", "cpu"):
+        workers = [
+            replace(offloading(name, 500.0, host="h", offload=offload), device=f"cuda:{index}")
+            for index, name in enumerate("ab")
+        ]
+        for num_steps in (1, 2):
+            step = predict_decode(
+                cluster(model(head=0), *workers), cut, num_sequences=2, context=0, steps_in_flight=num_steps
+            )
+            waits[offload, num_steps] = [stage.offload_s for stage in step.stages]
+    assert waits["nvme", 1] == waits["cpu", 1] == waits["cpu", 2] == pytest.approx([3.0, 3.0])
+    assert waits["nvme", 2] == pytest.approx([9.0, 9.0])
+
+
+def test_an_assignment_says_which_bytes_come_for_each_step():
+    assignment = StageAssignment(
+        epoch=1, worker_id="a", stage_index=0, num_stages=2, layers=LayerRange(0, 3), num_blocks=1, block_size=1,
+        next_worker_id="b", offloaded_layers=(0, 2),
+    )  # fmt: skip
+    assert stage_on(assignment, model()) == StageOn(worker_id="a", start=0, end=3, offloaded_bytes=2000)

@@ -69,7 +69,7 @@ async def test_an_examination_measures_predicts_runs_and_compares(whole, tmp_pat
     sizes = [size for size, _ in found.links[0].measures.transfers]
     assert sizes == sorted(sizes)
     assert sizes[-1] > 32 * model.costs.activation_bytes_per_token
-    assert [(probe.start, probe.end) for probe in found.probes] == [(s.start, s.end) for s in found.cut]
+    assert [probe.stage for probe in found.probes] == list(found.cut)
     for probe in found.probes:
         assert [step.load.num_sequences for step in probe.decodes] == [1, 2, 4]
         assert all(step.seconds > 0 for step in probe.decodes)
@@ -140,7 +140,7 @@ async def test_after_the_probe_a_stage_is_predicted_as_it_was_timed_and_the_mode
         for step in probe.decodes:
             told = step.seconds if step.sampled_s is None else step.sampled_s
             worker = speeds[stage.worker_id]
-            predicted = stage_seconds(weights, worker, stage.start, stage.end, load=step.load)
+            predicted = stage_seconds(weights, worker, stage, load=step.load)
             # on a busy machine more sequences may take less time than fewer; no part of a prediction is below zero then
             is_clipped = predicted.overhead_s == 0 or (step.sampled_s is not None and predicted.head_s == 0)
             assert predicted.compute_s == pytest.approx(told) or (is_clipped and predicted.compute_s > told)

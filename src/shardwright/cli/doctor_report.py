@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardwright.core.diagnosis import Change, milliseconds, worker_name
-from shardwright.core.prediction import MASTER, Figures, Part, StepPrediction
+from shardwright.core.prediction import MASTER, Cut, Figures, Part, StepPrediction
 from shardwright.observation import ClusterView
 from shardwright.runtime.doctor import Examination, MeasuredWorker
 from shardwright.runtime.measured_steps import StepsSummary, summary_sentences
@@ -263,7 +263,7 @@ def as_json_object(found: Examination) -> dict[str, Any]:
             }
             for link in found.links
         ],
-        "stages": [{"worker": stage.worker_id, "start": stage.start, "end": stage.end} for stage in found.cut],
+        "stages": _stages_json(found.cut),
         "is_calibrated": bool(found.probes),
         "predicted": figures_json(figures),
         "achieved": None
@@ -329,6 +329,18 @@ def parts_json(parts: Sequence[Part]) -> list[dict[str, Any]]:
     ]
 
 
+def _stages_json(cut: Cut) -> list[dict[str, Any]]:
+    return [
+        {
+            "worker": stage.worker_id,
+            "start": stage.start,
+            "end": stage.end,
+            "offloaded_bytes": stage.offloaded_bytes,
+        }
+        for stage in cut
+    ]
+
+
 def _id(worker_id: WorkerId) -> str | None:
     return None if worker_id == MASTER else worker_id
 
@@ -339,7 +351,7 @@ def _change_json(change: Change) -> dict[str, Any]:
         "workers": [_id(worker_id) for worker_id in change.workers],
         "sentence": change.sentence,
         "gain": change.gain,
-        "stages": [{"worker": stage.worker_id, "start": stage.start, "end": stage.end} for stage in change.cut],
+        "stages": _stages_json(change.cut),
         "predicted": figures_json(change.figures),
     }
 

@@ -224,11 +224,9 @@ class _Search:
         )
         rests = []
         for start in range(self._num_layers):
-            prompt_s = sum(
-                stage_seconds(self._weights, best, start, self._num_layers, load=load).compute_s
-                for load in self._chunks
-            )
-            trip_s = stage_seconds(self._weights, best, start, self._num_layers, load=self._load).compute_s
+            rest = StageOn(worker_id=best.worker_id, start=start, end=self._num_layers)
+            prompt_s = sum(stage_seconds(self._weights, best, rest, load=load).compute_s for load in self._chunks)
+            trip_s = stage_seconds(self._weights, best, rest, load=self._load).compute_s
             layers = self._num_layers - start
             prompt_s += layers * min(sum(speed.layer_s(load) for load in self._chunks) for speed in speeds)
             trip_s += layers * min(speed.layer_s(self._load) for speed in speeds)
@@ -240,9 +238,10 @@ class _Search:
         if found is None:
             worker = self._cluster.workers[self._chosen[index].worker_id]
             slowdown = self._slowdowns[index]
-            decode = stage_seconds(self._weights, worker, start, end, load=self._load, slowdown=slowdown)
-            prompts = [stage_seconds(self._weights, worker, start, end, load=load) for load in self._chunks]
-            prompt_s = sum(stage.compute_s + stage.hand_over_s for stage in prompts)
+            stage = StageOn(worker_id=worker.worker_id, start=start, end=end)
+            decode = stage_seconds(self._weights, worker, stage, load=self._load, slowdown=slowdown)
+            prompts = [stage_seconds(self._weights, worker, stage, load=load) for load in self._chunks]
+            prompt_s = sum(prompt.compute_s + prompt.hand_over_s for prompt in prompts)
             found = _Sums(prompt_s, decode.compute_s + decode.hand_over_s, decode.compute_s)
             self._stages[index, start, end] = found
         return found

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardwright.core.placement_costs import StageWeights
-from shardwright.core.prediction import StepLoad, WorkerSpeed, decode_load, stage_seconds
+from shardwright.core.prediction import StageOn, StepLoad, WorkerSpeed, decode_load, offload_seconds, stage_seconds
 from shardwright.types import WorkerId
+
+_MORE = 1.1
+"""So many times what offloaded weights take, a prompt has to take to be bound by arithmetic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +26,16 @@ class TimedStep:
 class StageProbe:
     """What one stage took for decodes of several sizes and for a chunk of a prompt, alone on its device."""
 
-    worker_id: WorkerId
-    start: int
-    end: int
+    stage: StageOn
     decodes: tuple[TimedStep, ...]  # by number of sequences
     prompt: TimedStep | None
     hand_over_s: float
     slowdown: float = 0.0  # see `WorkerSpeed`
+
+    @property
+    def worker_id(self) -> WorkerId:
+        """Whose stage it is."""
+        return self.stage.worker_id
 
 
 def calibrated(weights: StageWeights, speed: WorkerSpeed, probe: StageProbe) -> WorkerSpeed:
@@ -38,23 +44,30 @@ def calibrated(weights: StageWeights, speed: WorkerSpeed, probe: StageProbe) -> 
     Of a decode's time, what reading at the measured bandwidth does not explain is spread over the layers: their
     overhead by number of sequences. Where a step took less than reading explains (caches hold a small stage), the
     bandwidth is what it reached. Of the prompt's time, what is not the overhead of one sequence's step is arithmetic,
-    at the rate that the model's own products reach: narrow ones less than large square ones.
+    at the rate that the model's own products reach: narrow ones less than large square ones. Where offloaded weights
+    come, a step takes as long as they do at the least, and a prompt that takes no longer tells nothing of arithmetic.
     """
     costs = weights.costs
-    layers = probe.end - probe.start
+    layers = probe.stage.end - probe.stage.start
+    offload_s = offload_seconds(speed, probe.stage)
 
     def bare(load: StepLoad) -> float:
-        """Memory and arithmetic of the layers, as the present `speed` has it."""
-        stage = stage_seconds(weights, speed, probe.start, probe.end, load=replace(load, num_sampled=0))
-        return stage.memory_s + stage.matrix_s
+        """Memory and arithmetic of the layers, as the present `speed` has it, or what is offloaded."""
+        stage = stage_seconds(weights, speed, probe.stage, load=replace(load, num_sampled=0))
+        return stage.memory_s + stage.matrix_s + stage.offload_s
 
     speed = replace(speed, layer_overheads=(), head_overheads=(), prompt_rate=None, hand_over_s=probe.hand_over_s)
     for step in probe.decodes[:1]:
-        if (explained_s := bare(step.load)) > step.seconds:
+        if not offload_s and (explained_s := bare(step.load)) > step.seconds:
             speed = replace(speed, read_bandwidth=speed.read_bandwidth * explained_s / step.seconds)
     first_s = sum(max(step.seconds - bare(step.load), 0.0) for step in probe.decodes[:1])
-    if probe.prompt is not None and (left_s := probe.prompt.seconds - first_s) > 0:
-        operations = 2 * weights.of_layers(probe.start, probe.end) / costs.element_bytes * probe.prompt.load.effective
+    if probe.prompt is not None and (left_s := probe.prompt.seconds - first_s) > _MORE * offload_s:
+        operations = (
+            2
+            * weights.of_layers(probe.stage.start, probe.stage.end)
+            / costs.element_bytes
+            * probe.prompt.load.effective
+        )
         speed = replace(speed, prompt_rate=operations / left_s)
     overheads = [
         (float(step.load.num_sequences), max(step.seconds - bare(step.load), 0.0) / layers) for step in probe.decodes
@@ -63,7 +76,7 @@ def calibrated(weights: StageWeights, speed: WorkerSpeed, probe: StageProbe) -> 
     for step in probe.decodes:
         if step.sampled_s is not None:
             load = replace(step.load, num_sampled=step.load.num_sequences)
-            head = stage_seconds(weights, speed, probe.start, probe.end, load=load).head_s
+            head = stage_seconds(weights, speed, probe.stage, load=load).head_s
             heads.append((float(step.load.num_sequences), step.sampled_s - step.seconds - head))
     return replace(
         speed, layer_overheads=tuple(overheads), head_overheads=tuple(heads), slowdown=max(probe.slowdown, 0.0)

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from shardwright.core.best_cut import best_cut
 from shardwright.core.placement import Placement, place
+from shardwright.core.placement_costs import StageWeights
 from shardwright.core.prediction import (
     MASTER,
     Cluster,
@@ -51,6 +52,7 @@ _WORDS = {
     PartKind.OVERHEAD: "work of each layer that is neither reading nor arithmetic (Python, starting kernels, waking "
     "threads)",
     PartKind.HEAD: "the output head and sampling",
+    PartKind.OFFLOAD: "waiting for weights that are not kept in memory",
     PartKind.HAND_OVER: "handing steps over between links and compute threads",
     PartKind.LINK: "links",
     PartKind.COMPUTE: "computing",
@@ -73,7 +75,7 @@ def prediction_sentences(what: str, step: StepPrediction) -> list[str]:
     return [f"{sentence}{share:.0%} of it goes into {_WORDS[largest.kind]}."]
 
 
-_OF_COMPUTE = (PartKind.MEMORY, PartKind.MATRIX, PartKind.OVERHEAD, PartKind.HEAD)
+_OF_COMPUTE = (PartKind.MEMORY, PartKind.MATRIX, PartKind.OVERHEAD, PartKind.HEAD, PartKind.OFFLOAD)
 
 
 def bound_sentences(what: str, parts: Sequence[Part]) -> list[str]:
@@ -136,6 +138,7 @@ class ChangeKind(enum.Enum):
     LINK = "link"
     DTYPE = "dtype"
     THREADS = "threads"
+    MEMORY = "memory"
     ADD = "add"
 
 
@@ -164,7 +167,13 @@ class Alternatives:
 def cut_of(placement: Placement) -> Cut:
     """A placement as the prediction takes it."""
     return tuple(
-        StageOn(worker_id=stage.worker_id, start=stage.layers.start, end=stage.layers.end) for stage in placement.stages
+        StageOn(
+            worker_id=stage.worker_id,
+            start=stage.layers.start,
+            end=stage.layers.end,
+            offloaded_bytes=stage.offloaded_bytes,
+        )
+        for stage in placement.stages
     )
 
 
@@ -193,6 +202,7 @@ def all_changes(
         *search.requests(alternatives or Alternatives()),
         *search.dtype(alternatives or Alternatives()),
         *search.threads(alternatives or Alternatives()),
+        *search.memory(),
         *search.one_more(),
     ]
     worth = [change for change in found if change.gain >= LEAST_GAIN]
@@ -339,6 +349,20 @@ class _Changes:
             cluster = replace(self._cluster, workers={**self._cluster.workers, worker_id: speed})
             words = f"give {worker_name(worker_id)} {count} threads (shardwright worker --threads {count})"
             yield self._change(ChangeKind.THREADS, words, self._cut, workers=(worker_id,), cluster=cluster)
+
+    def memory(self) -> Iterator[Change]:
+        """Memory for all that is offloaded now."""
+        short = [stage for stage in self._cut if stage.offloaded_bytes]
+        if not short:
+            return
+        weights = StageWeights(self._cluster.costs, self._cluster.placement)
+        each = [
+            f"{worker_name(stage.worker_id)} {weights.needed(stage.start, stage.end) / 2**30:.1f} GiB"
+            for stage in short
+        ]
+        words = f"give {_and(each)} of memory for its stage, so that no weights have to come anew for each step"
+        cut = tuple(replace(stage, offloaded_bytes=0) for stage in self._cut)
+        yield self._change(ChangeKind.MEMORY, words, cut, workers=[stage.worker_id for stage in short])
 
     def one_more(self) -> Iterator[Change]:
         """One more machine like that of the fastest worker, on links like that worker's own."""

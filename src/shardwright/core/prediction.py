@@ -5,12 +5,16 @@ A step of n tokens of b sequences takes a stage with the layers [s, e)
     layers   max( W / bandwidth + K / bandwidth,  2 (W / element) n' / rate )  +  (e - s) o(b)
     head     the same of the head's weights for the rows that are sampled, + h(b); on the last stage
 
+    offload  what of  O / way  these don't cover
+
 W are the layers' bytes, K the bytes of the K and V that decodes attend to, n' the tokens with what attention adds to
 them (`step_budget.ContextCost`). The rate of a prompt is the one that this model's own products reach, if that was
 measured. It is the roofline model (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009),
 the same function that the planner costs stages with (`placement_costs.seconds_per_byte`), plus what is neither reading
 nor arithmetic: o(b) is measured for a layer and a step of b sequences (Python, starting kernels, waking threads), h(b)
 for the head (sampling among it). Where they were not measured they are 0, and the prediction is a bound from above.
+O are the bytes of layers that are not kept in memory; each step they come anew, over a way that stages which compute at
+the same time share, while other layers are computed.
 
 A step's trip and how many of them go on at once are the scheduler's own model (`step_times.cycle_s`): with m steps in
 flight of b = B / m sequences each, l the links,
@@ -34,7 +38,7 @@ from typing import TypeAlias
 from shardwright.core.placement_costs import PlacementSettings, StageWeights, seconds_per_byte
 from shardwright.core.step_budget import ContextCost, PromptBudget
 from shardwright.core.step_times import Mix, StepShape, choose_steps_in_flight, cycle_s, split
-from shardwright.types import LinkMeasures, ModelCosts, WorkerId
+from shardwright.types import LinkMeasures, ModelCosts, StageAssignment, WorkerId
 
 MASTER: WorkerId = ""
 """The master as an end of a link."""
@@ -128,6 +132,13 @@ class WorkerSpeed:
     head_overheads: tuple[tuple[float, float], ...] = ()  # the same of the head, sampling included; may be below 0
     hand_over_s: float = 0.0  # of a step: off the link, to the compute thread, back, onto the next link
     slowdown: float = 0.0  # part by which each further worker that computes on the device at once prolongs a step
+    offload: str = ""  # where weights are kept that its memory can't hold: one of `types.OFFLOADS`; empty: nowhere
+    offload_bandwidth: float = 0.0  # bytes/s that they come from there with
+
+    @property
+    def way(self) -> tuple[str, str]:
+        """What offloaded weights come through: equal for workers that share it, a host's disk or a device's bus."""
+        return self.host_id, self.device if self.offload == "cpu" else ""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -151,9 +162,20 @@ class StageOn:
     worker_id: WorkerId
     start: int
     end: int
+    offloaded_bytes: int = 0  # of its layers: what comes anew for each step
 
 
 Cut: TypeAlias = tuple[StageOn, ...]
+
+
+def stage_on(assignment: StageAssignment, costs: ModelCosts) -> StageOn:
+    """An assigned stage, as the prediction takes it."""
+    return StageOn(
+        worker_id=assignment.worker_id,
+        start=assignment.layers.start,
+        end=assignment.layers.end,
+        offloaded_bytes=sum(costs.layer_bytes[layer] for layer in assignment.offloaded_layers),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +214,7 @@ class PartKind(enum.Enum):
     MATRIX = "matrix"  # arithmetic
     OVERHEAD = "overhead"  # a layer's Python, kernel starts, waking threads
     HEAD = "head"  # the output head and sampling
+    OFFLOAD = "offload"  # waiting for weights that are not kept in memory
     HAND_OVER = "hand-over"  # between a link and the compute thread
     LINK = "link"
     COMPUTE = "compute"  # measured as one
@@ -222,11 +245,12 @@ class StagePrediction:
     overhead_s: float
     head_s: float
     hand_over_s: float
+    offload_s: float = 0.0  # that offloaded weights take longer than all the rest
 
     @property
     def compute_s(self) -> float:
         """Time of the compute thread."""
-        return self.memory_s + self.matrix_s + self.overhead_s + self.head_s
+        return self.memory_s + self.matrix_s + self.overhead_s + self.head_s + self.offload_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +305,7 @@ class StepPrediction:
                         (PartKind.MATRIX, stage.matrix_s),
                         (PartKind.OVERHEAD, stage.overhead_s),
                         (PartKind.HEAD, stage.head_s),
+                        (PartKind.OFFLOAD, stage.offload_s),
                         (PartKind.HAND_OVER, stage.hand_over_s),
                     )
                 ]
@@ -411,10 +436,19 @@ def prompt_loads(cluster: Cluster, num_tokens: int) -> tuple[StepLoad, ...]:
 
 
 def stage_seconds(
-    weights: StageWeights, worker: WorkerSpeed, start: int, end: int, *, load: StepLoad, slowdown: float = 1.0
+    weights: StageWeights,
+    worker: WorkerSpeed,
+    stage: StageOn,
+    *,
+    load: StepLoad,
+    slowdown: float = 1.0,
+    sharing: int = 1,
 ) -> StagePrediction:
-    """One stage's time for one step; see the module's docstring. `slowdown` multiplies what the device computes."""
-    costs = weights.costs
+    """One stage's time for one step; see the module's docstring.
+
+    `slowdown` multiplies what the device computes; `sharing` stages read offloaded weights at the same time.
+    """
+    costs, start, end = weights.costs, stage.start, stage.end
     layers = weights.of_layers(start, end)
     kv = load.context * load.num_sequences * weights.kv_per_block(start, end) / weights.settings.block_size
 
@@ -435,7 +469,7 @@ def stage_seconds(
             worker.head_overheads, load.num_sampled
         )
         head_s = max(head_s, 0.0)  # what was measured may be less than the roofline: caches
-    return StagePrediction(
+    found = StagePrediction(
         worker_id=worker.worker_id,
         start=start,
         end=end,
@@ -445,6 +479,16 @@ def stage_seconds(
         head_s=head_s * slowdown,
         hand_over_s=worker.hand_over_s,
     )
+    waited_s = max(offload_seconds(worker, stage, sharing=sharing) - found.compute_s, 0.0)
+    return replace(found, offload_s=waited_s)
+
+
+def offload_seconds(worker: WorkerSpeed, stage: StageOn, *, sharing: int = 1) -> float:
+    """What a stage's offloaded weights take to come, for one step; 0 without any."""
+    if not stage.offloaded_bytes:
+        return 0.0
+    assert worker.offload_bandwidth > 0, "the planner offloads only where that was measured"
+    return stage.offloaded_bytes * sharing / worker.offload_bandwidth
 
 
 def message_bytes(costs: ModelCosts, *, num_sequences: int, num_tokens: int) -> int:
@@ -483,7 +527,8 @@ def _stage(
     stage = cut[index]
     slowdown = slowdown_of(cluster, cut, stage.worker_id, num_steps)
     worker = cluster.workers[stage.worker_id]
-    return stage_seconds(weights, worker, stage.start, stage.end, load=load, slowdown=slowdown)
+    on_way = sum(each.offloaded_bytes > 0 and cluster.workers[each.worker_id].way == worker.way for each in cut)
+    return stage_seconds(weights, worker, stage, load=load, slowdown=slowdown, sharing=max(min(num_steps, on_way), 1))
 
 
 def _ends(cut: Cut, index: int) -> tuple[WorkerId, WorkerId]:

@@ -31,11 +31,11 @@ from shardwright.core.prediction import (
     Cut,
     Figures,
     LinkSpeed,
-    StageOn,
     WorkerSpeed,
     Workload,
     message_bytes,
     predict,
+    stage_on,
 )
 from shardwright.errors import PlacementError, ShardwrightError, WorkerUnreachableError
 from shardwright.runtime.links import measure_link
@@ -96,6 +96,8 @@ class MeasuredWorker:
             read_bandwidth=self.measures.read_bandwidth,
             matrix_rate=self.measures.matrix_rate,
             slowdown=self.slowdown,
+            offload=self.worker.capacity.offload,
+            offload_bandwidth=self.worker.capacity.offload_bandwidth,
         )
 
 
@@ -374,10 +376,7 @@ async def examine(
 
 def present_cut(session: Session) -> Cut:
     """The pipeline as it stands, for the prediction."""
-    return tuple(
-        StageOn(worker_id=stage.worker_id, start=stage.layers.start, end=stage.layers.end)
-        for stage in session.engine.snapshot().stages
-    )
+    return tuple(stage_on(assignment, session.model.costs) for assignment in session.engine.snapshot().stages)
 
 
 def _fitting(workload: Workload, *, kv_tokens: int, model: OpenModel) -> Workload:

@@ -15,19 +15,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import psutil
-
 from shardwright.errors import ClusterError, ConfigError, UnsupportedModelError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
+from shardwright.runtime.rank_watch import RankWatch, WatchedRank
 from shardwright.runtime.stage_build import stage_builder, stage_fields
-from shardwright.runtime.step_watch import FIRST_S, Standstill, device_state
-from shardwright.runtime.stillness import Stillness, thread_state
 from shardwright.types import RankLoad, StepInput
 
 if TYPE_CHECKING:
@@ -41,17 +37,6 @@ if TYPE_CHECKING:
     from shardwright.types import StageLoad
 
 JOIN_TIMEOUT_S = 180.0
-SILENCE_S = 1.5
-"""Without a beat for so long, a rank that is stopped is lost. Beats come from a thread that does nothing else."""
-
-HUNG_S = 10.0
-"""The same for one that is not stopped: on a machine with too much to do, its thread may have to wait for its turn."""
-
-STILL_S = 1.2
-"""For how long a rank that computes on CPUs may stand still in a step, where it does not wait for another."""
-
-_LOOK_AFTER_S = 0.2  # most steps are over by then, and nobody has to look
-_WATCH_INTERVAL_S = 0.1
 _END_TIMEOUT_S = 2.0
 _CAUSE_S = 0.5
 """How long a sum that breaks waits for the news of the rank that broke it."""
@@ -63,64 +48,23 @@ _GONE = "a rank of this worker is gone"
 class _Process:
     """One rank's process, and what it said last."""
 
-    rank: int
-    device: str
+    watched: WatchedRank
     process: subprocess.Popen[bytes]
     channel: Channel
     listener: threading.Thread = field(default_factory=threading.Thread)
     answers: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)  # None: it is gone
-    beat_s: float | None = None  # when the last one came; None: it has not joined yet
     figures: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    progress: dict[str, Any] | None = None  # where its compute thread was at the last beat
-    stillness: Stillness = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.stillness = Stillness(self.process.pid, self.process.pid)
+    @property
+    def rank(self) -> int:
+        """Its number."""
+        return self.watched.rank
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.process.pid}, {self.device})"
-
-    def is_stuck(self, num_steps: int, now_s: float) -> bool:
-        """Whether a process that stands still has one of so many steps in hand, and does not wait for another rank.
-
-        What the last beat says is so now if the thread has not moved since. Without beats the interpreter stands
-        still with it.
-        """
-        said, seen = self.progress, self.stillness.seen
-        if self.beat_s is not None and now_s - self.beat_s > SILENCE_S:
-            return True
-        if said is None or seen is None or said["moves"] != seen.moves:
-            return False
-        return bool(said["steps_done"] < num_steps and not said["waits"])
-
-    def has_finished(self, num_steps: int) -> bool:
-        """Whether, as the last beat has it, its device has finished its part of so many steps."""
-        said = self.progress
-        if said is None or said["device"] is None:
-            return False
-        begun, finished = said["device"]
-        return bool(said["steps_done"] >= num_steps and finished >= begun)
-
-    def is_stopped(self) -> bool:
-        """Whether the system has stopped the process."""
-        try:
-            return bool(
-                psutil.Process(self.process.pid).status() in {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
-            )
-        except psutil.Error:
-            return False  # it has ended: its pipe tells
-
-
-@dataclass(slots=True, eq=False)
-class _Leading:
-    """A step that rank 0 leads the others through."""
-
-    began_s: float
-    stillness: Stillness  # of rank 0
-    progress: LayerProgress | None  # of its device; None on CPUs
-    is_first: bool  # of its stage
-    devices: Standstill = field(default_factory=Standstill)  # all of them
+    @property
+    def device(self) -> str:
+        """What it computes on."""
+        return self.watched.device
 
 
 class Ranks:
@@ -146,8 +90,6 @@ class Ranks:
         self._closing = False
         self._lost = threading.Lock()
         self._over = threading.Event()
-        self._leading: _Leading | None = None
-        self._num_steps = 0
         self._warm: set[int] = set()  # stages that have computed a step
         self._processes = [self._start(rank) for rank in range(1, len(devices))]
         for process in self._processes:
@@ -155,7 +97,13 @@ class Ranks:
                 target=self._listen, args=(process,), name=f"rank {process.rank}", daemon=True
             )
             process.listener.start()
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        self._watch = RankWatch(
+            [process.watched for process in self._processes],
+            device=self.devices[0],
+            waits=lambda: self._group is None or self._group.waits,
+            on_stuck=self._lose,
+        )
+        self._watch.start()
 
     @property
     def num_ranks(self) -> int:
@@ -209,7 +157,7 @@ class Ranks:
         assert process.stdin is not None
         assert process.stdout is not None
         channel = Channel(reads=process.stdout.fileno(), writes=process.stdin.fileno())
-        return _Process(rank, self.devices[rank], process, channel)
+        return _Process(WatchedRank(rank, self.devices[rank], process.pid), process, channel)
 
     def join(self, *, kernels: Path, all_reduce: str, kernel_dir: Path | None = None) -> None:
         """Let all ranks meet. Blocks for seconds, the first time for a minute. Call it where stages compute.
@@ -239,7 +187,7 @@ class Ranks:
         )
         for each, answer in zip(self._processes, self._collect(JOIN_TIMEOUT_S), strict=True):
             each.about = answer
-            each.beat_s = time.monotonic()
+            each.watched.joined()
 
     def _find_kernel(self, kernels: Path, all_reduce: str) -> Path | None:
         from shardwright.model.deepspeed_kernel import build_kernel
@@ -265,6 +213,7 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
+        self._watch.close()
         for each in self._processes:
             with contextlib.suppress(OSError):
                 assert each.process.stdin is not None
@@ -286,6 +235,7 @@ class Ranks:
     def kill(self) -> None:
         """End all ranks at once; the worker itself ends too."""
         self._closing = True
+        self._watch.close()
         for each in self._processes:
             with contextlib.suppress(OSError):
                 each.process.kill()
@@ -296,10 +246,8 @@ class Ranks:
         with contextlib.suppress(OSError):
             while (message := each.channel.receive()) is not None:
                 if message.kind is Kind.BEAT:
-                    each.progress = message.fields.pop("progress", None)
+                    each.watched.beat(message.fields.pop("progress", None))
                     each.figures = message.fields
-                    if each.beat_s is not None:
-                        each.beat_s = time.monotonic()
                 elif message.kind is Kind.FAILED and message.fields.get("step"):
                     self._lose(f"rank {each.rank} failed in a step: {message.fields['reason']}")
                 else:
@@ -308,90 +256,8 @@ class Ranks:
             code = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = each.process.wait(_END_TIMEOUT_S)
-            self._lose(f"{each} ended{_ending(code)}")
+            self._lose(f"{each.watched} ended{_ending(code)}")
         each.answers.put(None)
-
-    def _watch(self) -> None:
-        """Notice a rank that stands still. A process that was itself stopped for a while gives the others time."""
-        pause = threading.Event()
-        last_s = time.monotonic()
-        looked_at: _Leading | None = None
-        while not self._closing:
-            pause.wait(_WATCH_INTERVAL_S)
-            now_s = time.monotonic()
-            was_away = now_s - last_s > SILENCE_S / 2
-            last_s = now_s
-            leading = self._leading
-            if was_away or leading is not looked_at:
-                looked_at = leading
-                for stillness in (each.stillness for each in self._processes):
-                    stillness.forget()
-                if leading is not None:
-                    leading.stillness.forget()
-                    leading.devices = Standstill()
-            what = self._find_silent(now_s, was_away=was_away)
-            if what is None and leading is not None:
-                find = self._find_stuck if leading.progress is None else self._find_stuck_devices
-                what = find(leading, now_s)
-            if what is not None:
-                self._lose(what)
-                return
-
-    def _find_silent(self, now_s: float, *, was_away: bool) -> str | None:
-        """What is to be said of a rank whose beats have stopped."""
-        for each in self._processes:
-            if each.beat_s is None:
-                continue
-            if was_away:
-                each.beat_s = now_s
-            elif (silence_s := now_s - each.beat_s) > SILENCE_S and (each.is_stopped() or silence_s > HUNG_S):
-                return f"{each} has not moved for {HUNG_S if silence_s > HUNG_S else SILENCE_S} s"
-        return None
-
-    def _find_stuck(self, leading: _Leading, now_s: float) -> str | None:
-        """What is to be said of a rank that stands still in a step, though its process lives and sends beats.
-
-        A step that is slow is not stuck: a thread of it runs, waits for its turn on a core, or waits for a rank of
-        which that is true. Whoever sleeps in a step without waiting for a rank is stuck. Where all ranks sleep, some
-        of them waiting for others, nobody is left who could go on, whoever it was that began.
-        """
-        if now_s - leading.began_s < _LOOK_AFTER_S:
-            return None
-        num_steps = self._num_steps
-        own = leading.stillness
-        still_s = [own.look(now_s), *(each.stillness.look(now_s) for each in self._processes)]
-        if self._leading is not leading:
-            return None  # it has ended meanwhile
-        for each, for_s in zip(self._processes, still_s[1:], strict=True):
-            if for_s >= STILL_S and each.is_stuck(num_steps, now_s):
-                return f"{each} has stood still in a step for {STILL_S} s"
-        waits = self._group is None or self._group.waits
-        if still_s[0] >= STILL_S and not waits and thread_state("self", own.thread_id) == own.seen:
-            return f"rank 0 (process {os.getpid()}, {self.devices[0]}) has stood still in a step for {STILL_S} s"
-        if min(still_s) >= STILL_S:
-            return f"all ranks have stood still in a step for {STILL_S} s: each waits for another"
-        return None
-
-    def _find_stuck_devices(self, leading: _Leading, now_s: float) -> str | None:
-        """The same on GPUs, which are told by the layers that they finish: threads hand them over and go on.
-
-        A GPU that hangs keeps the others in the sum before, so that none of them finishes a layer any more.
-        """
-        assert leading.progress is not None
-        own = device_state(leading.progress)
-        others = tuple((each.progress or {}).get("device") for each in self._processes)
-        steps = tuple((each.progress or {}).get("steps_done") for each in self._processes)
-        limit_s = FIRST_S if leading.is_first else STILL_S
-        waited_s = leading.devices.look((own, others, steps), now_s)
-        if waited_s < limit_s or self._leading is not leading:
-            return None
-        unfinished = [str(each) for each in self._processes if not each.has_finished(self._num_steps)]
-        if own.begun > own.finished:
-            unfinished.insert(0, f"rank 0 (process {os.getpid()}, {self.devices[0]})")
-        if not unfinished:
-            return None  # rank 0 picks tokens
-        what = f"no GPU of this worker has finished a layer of a step for {limit_s:g} s"
-        return f"{what}; not yet over: {', '.join(unfinished)}"
 
     def _lose(self, what: str) -> None:
         """The worker is lost with a rank. The first loss is the cause; the others follow from it."""
@@ -504,29 +370,21 @@ class Ranks:
 
         raw = encode_step(StepMessage(step=step, tensors=()), WireLimits())
         threads = torch.get_num_threads()
-        self._num_steps += 1
+        self._watch.begin_step(progress, is_first=key not in self._warm)
         self._tell(Kind.STEP, {"key": key, "threads": threads, "tensors": describe_tensors(inputs)}, raw)
         group = self.group
-        self._leading = _Leading(
-            began_s=time.monotonic(),
-            stillness=Stillness("self", threading.get_native_id()),
-            progress=progress,
-            is_first=key not in self._warm,
-        )
         try:
             for tensor in inputs.values():
                 group.share(tensor.to(group.device))
             yield
-            self._warm.add(key)
         except Exception as exc:
-            progress = None
+            self._watch.end_step(failed=True)
             if self._over.wait(_CAUSE_S):
                 raise ClusterError(_GONE) from exc  # what the transport says of it is a consequence
             self._lose(f"rank 0 failed in a step: {type(exc).__name__}: {exc}")
             raise
-        finally:
-            if progress is None:
-                self._leading = None
+        self._warm.add(key)
+        self._watch.end_step()
 
 
 class RankedStage:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from shardwright.core.calibration import StageProbe, TimedStep
-from shardwright.core.prediction import Cluster, StepLoad, Workload, decode_load, prompt_loads
+from shardwright.core.prediction import Cluster, StepLoad, Workload, decode_load, prompt_loads, stage_on
 from shardwright.errors import ClusterError
 from shardwright.runtime.session import Session
 from shardwright.runtime.short_load import Listener, TokenIds
@@ -77,6 +77,7 @@ class StageProber:
         self._devices = {
             worker.worker_id: (worker.description.host_id, worker.description.device) for worker in session.workers
         }
+        self._costs = session.model.costs
         self._block_size = snapshot.stages[0].block_size
         self._num_blocks = snapshot.num_blocks
         self._workload = workload
@@ -114,9 +115,7 @@ class StageProber:
             slowdowns |= await self._slowdowns(group, decodes)
         return tuple(
             StageProbe(
-                worker_id=stage.worker_id,
-                start=stage.assignment.layers.start,
-                end=stage.assignment.layers.end,
+                stage=stage_on(stage.assignment, self._costs),
                 decodes=tuple(decodes[stage.worker_id]),
                 prompt=prompts.get(stage.worker_id),
                 hand_over_s=hand_overs[stage.worker_id],

@@ -48,7 +48,7 @@ def beating(ranks):
     """Wait for every rank's first sign of life, and count them as joined from then on."""
     assert eventually(lambda: all(each.figures for each in ranks._processes))
     for each in ranks._processes:
-        each.beat_s = time.monotonic()
+        each.watched.joined()
 
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(watched):
