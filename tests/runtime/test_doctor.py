@@ -16,7 +16,7 @@ from shardwright.engine import FinishEvent, TokenEvent
 from shardwright.errors import ClusterError, PlacementError, WorkerUnreachableError
 from shardwright.runtime.doctor import Wish, cluster_of, examine, measure_workers, present_cut
 from shardwright.runtime.registry import WorkerEntry
-from shardwright.runtime.session import open_model, open_session
+from shardwright.runtime.session import open_model, open_session, placement_settings
 from shardwright.runtime.short_load import TokenIds, run_load
 from shardwright.runtime.stage_prober import probe_stages
 from shardwright.runtime.worker_process import open_worker
@@ -106,6 +106,28 @@ async def test_without_a_run_nothing_is_loaded_and_a_slow_link_is_the_culprit(wh
     assert found.sentences[0].startswith("Decode of one sequence is bound by links")
     assert any(sentence.startswith("The link") and "ms step" in sentence for sentence in found.sentences)
     assert not any("loading" in note for note in notes.told)
+
+
+async def test_a_stage_whose_weights_come_anew_for_each_step_is_examined_as_it_is(whole, tmp_path):
+    """A byte too little memory: layers are offloaded, and room for two of them is needed besides."""
+    config = MasterConfig(model=str(whole.folder), cache_dir=tmp_path, kv_tokens=2048, token_budget=32, block_size=4)
+    transport, model = MemoryTransport(), await open_model(config, Silence())
+    weights = StageWeights(model.costs, placement_settings(config, model.costs))
+    memory_bytes = weights.needed(0, model.costs.num_layers) - 1
+    worker = WorkerConfig(
+        host="one", device="cpu", threads=1, cache_dir=tmp_path / "one", offload="nvme", memory_bytes=memory_bytes
+    )
+    async with open_worker(worker, transport, "one:1"):
+        entries = [WorkerEntry(username="one", ip="one", port=1)]
+        wish = Wish(workload=WORKLOAD, is_quick=True)
+        found = await examine(config, entries, wish, transport=transport, model=model, listener=Notes())
+    (stage,) = found.cut
+    assert stage.offloaded_bytes >= 3 * max(model.costs.layer_bytes)
+    assert [probe.stage for probe in found.probes] == [stage]
+    assert found.cluster.workers["one"].offload_bandwidth > 1e6
+    assert found.achieved is not None
+    (predicted,) = found.figures.one.stages
+    assert predicted.compute_s >= stage.offloaded_bytes / found.cluster.workers["one"].offload_bandwidth
 
 
 async def test_after_the_probe_a_stage_is_predicted_as_it_was_timed_and_the_model_answers_as_ever(whole, tmp_path):
