@@ -174,7 +174,9 @@ class Ranks:
         check_deepspeed()
         torch.set_num_threads(self.threads)
         self._kernel_dir = kernel_dir
-        folder = self._find_kernel(kernels, all_reduce) if self.devices[0] == "cpu" else None
+        folder = None
+        if self.devices[0] == "cpu":
+            folder = find_sum_kernel(kernels, all_reduce, num_threads=self.threads * self.num_ranks, say=self._say)
         meeting = self._folder / "meeting"
         fields = {
             "meeting": str(meeting),
@@ -188,25 +190,6 @@ class Ranks:
         for each, answer in zip(self._processes, self._collect(JOIN_TIMEOUT_S), strict=True):
             each.about = answer
             each.watched.joined()
-
-    def _find_kernel(self, kernels: Path, all_reduce: str) -> Path | None:
-        from shardwright.model.deepspeed_kernel import build_kernel
-        from shardwright.runtime.measure import usable_cores
-
-        if all_reduce == "gloo" or (all_reduce == "auto" and self.threads * self.num_ranks > usable_cores()):
-            return None  # the kernel waits actively: ranks that share a core would take it from each other
-        if not kernels.exists():
-            self._say("DeepSpeed's shared-memory all-reduce is compiled for the first time, which takes about a minute")
-        try:
-            return build_kernel(kernels)
-        except ConfigError as exc:
-            missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-            why = f"{' and '.join(missing)} not found" if missing else str(exc)
-            text = f"DeepSpeed's shared-memory all-reduce can't be compiled ({why}); it needs g++ and ninja"
-            if all_reduce == "shm":
-                raise ConfigError(f"{text}; --all-reduce gloo does without") from exc
-            self._say(f"{text}. Gloo's slower one is used instead")
-            return None
 
     def close(self) -> None:
         """End all ranks. Safe to call twice."""
@@ -411,6 +394,31 @@ class RankedStage:
         with contextlib.suppress(ClusterError):  # a rank that is gone holds nothing
             self._close_others()
         self._stage.close()
+
+
+def find_sum_kernel(kernels: Path, all_reduce: str, *, num_threads: int, say: Callable[[str], None]) -> Path | None:
+    """Where DeepSpeed's shared-memory all-reduce for CPUs is, compiled if need be; None: Gloo is to be used.
+
+    `auto` takes it where all ranks' threads have cores of their own: it waits actively, and ranks that share a core
+    would take it from each other. Raises `ConfigError` where `shm` was asked for and can't be compiled.
+    """
+    from shardwright.model.deepspeed_kernel import build_kernel
+    from shardwright.runtime.measure import usable_cores
+
+    if all_reduce == "gloo" or (all_reduce == "auto" and num_threads > usable_cores()):
+        return None
+    if not kernels.exists():
+        say("DeepSpeed's shared-memory all-reduce is compiled for the first time, which takes about a minute")
+    try:
+        return build_kernel(kernels)
+    except ConfigError as exc:
+        missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+        why = f"{' and '.join(missing)} not found" if missing else str(exc)
+        text = f"DeepSpeed's shared-memory all-reduce can't be compiled ({why}); it needs g++ and ninja"
+        if all_reduce == "shm":
+            raise ConfigError(f"{text}; --all-reduce gloo does without") from exc
+        say(f"{text}. Gloo's slower one is used instead")
+        return None
 
 
 def rank_devices(device: torch.device, num_ranks: int) -> list[str]:
