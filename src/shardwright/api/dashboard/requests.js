@@ -162,7 +162,8 @@ export class Requests {
       return;
     }
     const fall = waterfall(trace, (number) => this.#steps.get(number), this.#now());
-    const key = JSON.stringify([trace.seq_id, trace.finished_at, fall.rows.length, fall.total, fall.numMissing, this.#note]);
+    // The totals change too when a worker tells late of a step that was known before.
+    const key = JSON.stringify([trace.seq_id, trace.finished_at, fall.rows.length, fall.total, fall.totals, fall.numMissing, this.#note]);
     if (key === this.#shown) return;
     this.#shown = key;
     const focusedId = box.contains(document.activeElement) ? document.activeElement.id : "";
