@@ -47,7 +47,6 @@ def calibrated(weights: StageWeights, speed: WorkerSpeed, probe: StageProbe) -> 
     at the rate that the model's own products reach: narrow ones less than large square ones. Where offloaded weights
     come, a step takes as long as they do at the least, and a prompt that takes no longer tells nothing of arithmetic.
     """
-    costs = weights.costs
     layers = probe.stage.end - probe.stage.start
     offload_s = offload_seconds(speed, probe.stage)
 
@@ -62,13 +61,8 @@ def calibrated(weights: StageWeights, speed: WorkerSpeed, probe: StageProbe) -> 
             speed = replace(speed, read_bandwidth=speed.read_bandwidth * explained_s / step.seconds)
     first_s = sum(max(step.seconds - bare(step.load), 0.0) for step in probe.decodes[:1])
     if probe.prompt is not None and (left_s := probe.prompt.seconds - first_s) > _MORE * offload_s:
-        operations = (
-            2
-            * weights.of_layers(probe.stage.start, probe.stage.end)
-            / costs.element_bytes
-            * probe.prompt.load.effective
-        )
-        speed = replace(speed, prompt_rate=operations / left_s)
+        elements = weights.of_layers(probe.stage.start, probe.stage.end) / weights.costs.element_bytes
+        speed = replace(speed, prompt_rate=2 * elements * probe.prompt.load.effective / left_s)
     overheads = [
         (float(step.load.num_sequences), max(step.seconds - bare(step.load), 0.0) / layers) for step in probe.decodes
     ]

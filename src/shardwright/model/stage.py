@@ -407,6 +407,7 @@ class Stage:
 
     def _hook_layers(self) -> None:
         """Put what comes from other stages in its place, and take out what goes to them."""
+        progress = self.progress
         for index, facts in enumerate(self._plan.probed.layers):
             layer = self._model.get_submodule(f"{self._plan.layers}.{index}")
             if index in self.layers:
@@ -414,8 +415,8 @@ class Stage:
                 takes_hidden = not self.is_first and index == self.layers.start
                 if takes_hidden or places:
                     layer.register_forward_pre_hook(self._inject(places, takes_hidden=takes_hidden), with_kwargs=True)
-                if self.progress is not None:
-                    layer.register_forward_hook(self._mark)
+                if progress is not None:
+                    layer.register_forward_hook(lambda *_: progress.mark())
             elif index >= self.layers.end:
                 places = [(path, name) for path, name in facts.carried if name in self._leaving]
                 places = [(path, name) for path, name in places if name not in self._arriving]
@@ -437,11 +438,6 @@ class Stage:
             return args, {**kwargs, "hidden_states": self._inbox[HIDDEN]}
 
         return hook
-
-    def _mark(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
-        """Note that a layer was handed to the device."""
-        if self.progress is not None:
-            self.progress.mark()
 
     def _capture(self, places: list[tuple[KeyPath, str]]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

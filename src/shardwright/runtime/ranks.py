@@ -7,6 +7,7 @@ made up for, and the others would wait for it for ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import shutil
@@ -316,7 +317,7 @@ class Ranks:
                 progress=progress,
                 group=self.group,
                 kernel_dir=self._kernel_dir,
-                lead=lambda step, inputs, layers: self._lead(key, step, inputs, layers),
+                lead=functools.partial(self._lead, key),
             )
         except BaseException:
             self._tell(Kind.CANCEL, {"key": key})

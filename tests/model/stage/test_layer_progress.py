@@ -2,38 +2,16 @@
 
 import pytest
 import torch
+from fake_device import FakeDevice
 from split_models import Asked, SplitModel, serve
 
 from shardwright.model import layer_progress as progress_module
 from shardwright.model.layer_progress import LayerProgress, layer_progress
 
 
-class Device:
-    """Finishes what it was told when it is let."""
-
-    def __init__(self):
-        self.told = self.done = 0
-
-    def mark(self):
-        return DeviceMark(self)
-
-
-class DeviceMark:
-    def __init__(self, device):
-        self.device, self.place = device, None
-
-    def record(self):
-        self.device.told += 1
-        self.place = self.device.told
-
-    def query(self):
-        assert self.place is not None, "asked before it was recorded"
-        return self.place <= self.device.done
-
-
 @pytest.fixture
 def device():
-    return Device()
+    return FakeDevice()
 
 
 def test_layers_count_as_finished_when_the_device_says_so(device):

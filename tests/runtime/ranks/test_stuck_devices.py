@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+from fake_device import FakeDevice
 
 from shardwright.model.layer_progress import LayerProgress
 from shardwright.runtime.rank_watch import STILL_S, RankWatch, WatchedRank
 from shardwright.runtime.step_watch import FIRST_S
 
 
-class Mark:
-    """Finished when its device is."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def record(self):
-        self.place = self.device.told = self.device.told + 1
-
-    def query(self):
-        return self.place <= self.device.done
-
-
 class Ranked:
     """Rank 0's view of two GPUs in their third step, of four layers; rank 1's beats say what is put there."""
 
     def __init__(self, *, is_first=False):
-        self.device = SimpleNamespace(told=0, done=0)
+        self.device = FakeDevice()
         self.other = WatchedRank(1, "cuda:1", 4711)
-        self.progress = LayerProgress(lambda: Mark(self.device))
+        self.progress = LayerProgress(self.device.mark)
         self.watch = RankWatch([self.other], device="cuda:0", waits=lambda: False, on_stuck=print)
         for first in (False, False, is_first):
             self.watch.begin_step(self.progress, is_first=first)
