@@ -17,11 +17,13 @@ behind another at one stage has that wait behind it at the next. Its way then ta
     own way  +  (m - 1) times the longest t_i or link_i
 
 So the first chunks are as large as the second formula allows, and those of the next rounds grow up to what the first
-does. It holds whichever steps carry the prompts, and a chunk's time on a link is in it as its time at a stage is.
+does. A step without a chunk, or with a small one, makes the flow uneven: the steps behind it begin anew. A chunk's time
+on a link is in it as its time at a stage is.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,9 +47,8 @@ LEAST_TOKENS = 16
 _RAMP = 2.0
 """A step takes at most so many times the prompt tokens that were measured: its time may grow faster than theirs."""
 
-
-_GROWTH = 1.5
-"""A step takes at most so many times the prompt tokens of the step in its place before, unless fewer fit at once."""
+_GROWTH = 1.25
+"""A step takes at most so many times the prompt tokens of each step of the round before, unless fewer fit at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +206,8 @@ class ChunkRamp:
         return num_steps < self._num_steps
 
     def allowed(self, limit: ChunkLimit, *, num_steps: int) -> float:
-        """Effective tokens that the next step may have: growing from those of the step before it in its place."""
+        """Effective tokens that the next step may have: growing from the fewest that a step of the last round had."""
         grown = 0.0
         if num_steps == self._num_steps and len(self._taken) >= num_steps:
-            grown = _GROWTH * self._taken[-num_steps]
+            grown = _GROWTH * min(itertools.islice(reversed(self._taken), num_steps))
         return min(limit.evenly, max(limit.at_once, grown))
