@@ -305,6 +305,22 @@ def test_a_requests_waterfall_sums_up_to_its_time(shown):
     expect(page.locator("#waterfall")).to_be_hidden()
 
 
+def test_stages_that_are_told_late_are_added_to_a_requests_waterfall(shown):
+    """As from a busy worker: the step itself was known before, from the master."""
+    observatory = MovingObservatory(told_late_s=3600)
+    server, page = shown(FakeTextEngine(observatory=observatory))
+    page.locator("#request-table tbody tr", has_text="done").first.locator("button").click()
+    waterfall = page.locator("#waterfall")
+    expect(waterfall.locator(".spans-table tbody tr").nth(3)).to_be_visible()
+    expect(waterfall.locator("h3")).to_contain_text("done")
+    expect(waterfall).not_to_contain_text("by stage")
+    expect(waterfall.locator(".totals")).to_contain_text("not known")
+    server.call(lambda: setattr(observatory, "told_late_s", 1))
+    expect(waterfall).to_contain_text("Means of a decode step, by stage")
+    expect(waterfall.locator(".totals")).to_contain_text("queue")
+    expect(waterfall.locator(".totals")).not_to_contain_text("not known")
+
+
 def test_charts_are_read_with_the_keyboard_and_told_in_words(shown):
     _, page = shown()
     chart = page.locator("#chart-ttft")

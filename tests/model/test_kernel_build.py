@@ -1,5 +1,6 @@
 """Compilers run where nobody else compiles, and end with whoever waits for them."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -88,6 +90,18 @@ def test_deepspeed_s_kernel_is_compiled_once_by_a_process_of_its_own(tmp_path, m
     assert build_kernel(tmp_path / "deepspeed") == kernels
     assert kernels.parent == tmp_path / "deepspeed"
     assert commands == [[sys.executable, "-m", "shardwright.model.deepspeed_kernel", str(kernels)]]
+
+
+def test_deepspeed_s_kernel_is_another_in_another_environment(tmp_path, monkeypatch):
+    """The builder would compile it anew each time that the other one was used in between."""
+    monkeypatch.setattr(deepspeed_kernel, "run_build", lambda _: (0, ""))
+    here = build_kernel(tmp_path)
+    elsewhere = SimpleNamespace(origin=str(tmp_path / "site-packages" / "deepspeed" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: elsewhere)
+    assert build_kernel(tmp_path) != here
+    monkeypatch.undo()
+    monkeypatch.setattr(deepspeed_kernel, "run_build", lambda _: (0, ""))
+    assert build_kernel(tmp_path) == here
 
 
 def test_what_could_not_be_compiled_is_tried_again_and_its_last_words_are_told(tmp_path, monkeypatch):

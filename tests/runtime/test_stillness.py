@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from shardwright.runtime.stillness import Stillness, ThreadState, thread_state
+from shardwright.runtime.stillness import Stillness, ThreadState, python_threads, thread_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nothing of threads")
 
@@ -71,6 +71,28 @@ def test_a_helper_at_work_in_two_looks_keeps_its_process_from_standing_still(wat
     assert [watched.look(1.2), watched.look(1.3)] == [0.0, 0.0]
     proc.put(8, "S", 0)
     assert [watched.look(1.4), watched.look(1.5)] == [pytest.approx(0.1), pytest.approx(0.2)]
+
+
+def test_a_bystander_at_work_does_not_count(watched, proc):
+    watched.bystanders = frozenset({8})
+    proc.put(8, "R", 0)
+    assert [watched.look(now) for now in (0.5, 1.0, 1.5)] == [0.5, 1.0, 1.5]
+    proc.put(9, "R", 0)
+    assert [watched.look(now) for now in (2.0, 2.5)] == [2.0, 0.0]
+
+
+def test_pythons_threads_are_known_by_the_systems_numbers():
+    told = threading.Event()
+    others = [threading.Thread(target=told.wait) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        assert {threading.get_native_id(), *(other.native_id for other in others)} <= python_threads()
+    finally:
+        told.set()
+    for other in others:
+        other.join()
+    assert not python_threads() & {other.native_id for other in others}
 
 
 def test_a_helper_that_wakes_now_and_then_does_not_count(watched, proc):

@@ -39,7 +39,14 @@ class _Sequence:
 class MovingObservatory(FakeObservatory):
     """Ask it at any time: it has then worked until now. `clock` is seconds since 1970."""
 
-    def __init__(self, *, clock: Callable[[], float] = _now, past_s: float = 20.0, seed: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = _now,
+        past_s: float = 20.0,
+        seed: int = 1,
+        told_late_s: float = TOLD_LATE_S,
+    ) -> None:
         workers = [
             example_worker(name, 0, stage_index=n, first_layer=10 * n, end_layer=10 * n + 10)
             for n, name in enumerate(WORKERS)
@@ -49,6 +56,7 @@ class MovingObservatory(FakeObservatory):
             cluster=example_view(workers, num_layers=30, num_errors=(), started_at=began - 3000, at=began),
             passages=(), traces=(), points=(), rows=(),
         )  # fmt: skip
+        self.told_late_s = told_late_s
         self._clock = clock
         self._random = random.Random(seed)
         self._free = [began] * len(WORKERS)  # when each stage has done all that it got
@@ -110,7 +118,7 @@ class MovingObservatory(FakeObservatory):
         while self._stopped_at is None and min(self._group_at) <= now:
             group = self._group_at.index(min(self._group_at))
             self._step(group, self._group_at[group])
-        while self._waiting and self._waiting[0].returned_at + TOLD_LATE_S <= now:
+        while self._waiting and self._waiting[0].returned_at + self.told_late_s <= now:
             self.put_step(self._waiting.pop(0))
         if not self.points or self.points[-1].at + 5 <= now:
             self.points.append(self._point(now))

@@ -1,7 +1,10 @@
 """DeepSpeed without its prints, and its shared-memory all-reduce: compiled once on each machine, loaded by each rank.
 
     <folder>/lock              held by who compiles or loads
-    <folder>/<versions, CPU>/  what torch's builder writes, and `built` once that is whole; its time is the last use
+    <folder>/<versions, hash>/ what torch's builder writes, and `built` once that is whole; its time is the last use
+
+The hash is of the CPU and of where DeepSpeed and torch lie: the builder compiles anew when a path is another, so two
+environments in one folder would undo each other's work with every start.
 
 It is compiled by a process of its own (`python -m shardwright.model.deepspeed_kernel FOLDER`): torch's builder can't be
 stopped, and what it starts would outlive a worker that ends meanwhile.
@@ -46,8 +49,11 @@ def build_kernel(folder: Path) -> Path:
     """
     if sys.platform != "linux":
         raise ConfigError("it is for Linux")
-    processor = hashlib.sha256(cpu_identity()).hexdigest()[:12]
-    kernels = folder / f"torch-{version('torch')}-deepspeed-{version('deepspeed')}-{processor}"
+    where = hashlib.sha256(cpu_identity())
+    for package in ("deepspeed", "torch"):
+        found = importlib.util.find_spec(package)
+        where.update(f"\n{found and found.origin}".encode())
+    kernels = folder / f"torch-{version('torch')}-deepspeed-{version('deepspeed')}-{where.hexdigest()[:12]}"
     try:
         kernels.mkdir(parents=True, exist_ok=True)
         if not (kernels / _BUILT).exists():

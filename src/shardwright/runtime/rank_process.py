@@ -21,7 +21,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder
 from shardwright.runtime.step_watch import device_state
-from shardwright.runtime.stillness import thread_state
+from shardwright.runtime.stillness import python_threads, thread_state
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +121,7 @@ class Rank:
             "moves": seen.moves,
             "steps_done": self._steps_done,
             "waits": group.waits,
+            "python_threads": sorted(python_threads()),
             "device": None if progress is None else device_state(progress),
         }
 

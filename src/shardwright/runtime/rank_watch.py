@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from shardwright.runtime.step_watch import FIRST_S, Standstill, device_state
-from shardwright.runtime.stillness import Stillness, thread_state
+from shardwright.runtime.stillness import Stillness, python_threads, thread_state
 
 if TYPE_CHECKING:
     from shardwright.model.layer_progress import LayerProgress
@@ -59,6 +59,8 @@ class WatchedRank:
     def beat(self, progress: dict[str, Any] | None) -> None:
         """It said where it is."""
         self.progress = progress
+        if progress is not None:
+            self.stillness.bystanders = frozenset(progress["python_threads"])
         if self.beat_s is not None:
             self.beat_s = time.monotonic()
 
@@ -191,12 +193,14 @@ class RankWatch:
     def _find_stuck_thread(self, leading: _Leading, now_s: float) -> str | None:
         """On CPUs. A step that is slow is not stuck: a thread of it runs, waits for its turn on a core, or waits for a
         rank of which that is true. Whoever sleeps in a step without waiting for a rank is stuck. Where all ranks sleep,
-        some of them waiting for others, nobody is left who could go on, whoever it was that began.
+        some of them waiting for others, nobody is left who could go on, whoever it was that began. Python's threads
+        send beats, listen and serve; what computes beside the compute thread is of OpenMP or torch.
         """
         if now_s - leading.began_s < _LOOK_AFTER_S:
             return None
         num_steps = self._num_steps
         own = leading.stillness
+        own.bystanders = python_threads()
         still_s = [own.look(now_s), *(each.stillness.look(now_s) for each in self._ranks)]
         if self._leading is not leading:
             return None  # it has ended meanwhile

@@ -37,6 +37,11 @@ def thread_state(pid: int | str, thread_id: int, *, proc: Path = _PROC) -> Threa
         return None
 
 
+def python_threads() -> frozenset[int]:
+    """The threads of this process that run Python's code, as the system numbers them."""
+    return frozenset(thread.native_id for thread in threading.enumerate() if thread.native_id is not None)
+
+
 class Stillness:
     """Watches one process; `look` at it several times a second."""
 
@@ -44,6 +49,9 @@ class Stillness:
         """`thread_id` is the compute thread's, as the system numbers it."""
         self._pid = pid
         self.thread_id = thread_id
+        self.bystanders: frozenset[int] = frozenset()
+        """Threads for which the compute thread never waits, as the system numbers them. On a busy machine they may be
+        found waiting for their turn again and again, with nothing of a step to do."""
         self._proc = proc
         self._seen: ThreadState | None = None
         self._since_s = 0.0
@@ -75,7 +83,8 @@ class Stillness:
 
     def _others_at_work(self) -> set[str]:
         found = set()
-        not_asked = {str(self.thread_id), str(threading.get_native_id())}  # who looks is at work, of course
+        who_looks = threading.get_native_id()  # is at work, of course
+        not_asked = {str(thread) for thread in (self.thread_id, who_looks, *self.bystanders)}
         with contextlib.suppress(OSError):
             for task in (self._proc / str(self._pid) / "task").iterdir():
                 if task.name in not_asked:

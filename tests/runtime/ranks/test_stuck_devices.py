@@ -25,7 +25,8 @@ class Ranked:
             self.progress.mark()
 
     def says(self, *, finished, steps_done=3, begun=4):
-        self.other.beat({"moves": 1, "waits": False, "steps_done": steps_done, "device": [begun, finished]})
+        said = {"moves": 1, "waits": False, "python_threads": [], "steps_done": steps_done, "device": [begun, finished]}
+        self.other.beat(said)
 
     def look(self, now_s):
         return self.watch.find_stuck(self.watch._leading, now_s)

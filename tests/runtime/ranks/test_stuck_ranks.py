@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from shardwright.config import default_cache_dir
 from shardwright.model.deepspeed_kernel import build_kernel
+from shardwright.runtime.stillness import thread_state
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,6 +33,14 @@ def strike(folder, rank):
         return
     kind = path.read_text()
     path.unlink()
+    if kind == "deadlock beside a busy thread":
+
+        def work():
+            while True:
+                pass
+
+        threading.Thread(target=work, daemon=True).start()
+        kind = "deadlock"
     if kind == "deadlock":
         lock = threading.Lock()
         lock.acquire()
@@ -55,7 +65,8 @@ def strike(folder, rank):
             pass
 '''
 RANK = """#!{python}
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(90)  # who waits for what, where a test's patience is about to end
 sys.path.insert(0, {folder!r})
 sys.argv = sys.argv[2:]  # instead of `python -m module`
 from faults import strike
@@ -74,7 +85,8 @@ rank_process.Rank._build = build_with_faults
 rank_process.main()
 """
 PROGRAM = """
-import os, pathlib, sys, threading, time
+import faulthandler, os, pathlib, sys, threading, time
+faulthandler.dump_traceback_later(90)
 folder, device, all_reduce, fault, rank = sys.argv[1:]
 sys.path.insert(0, folder)
 sys.executable = folder + "/rank"
@@ -110,6 +122,13 @@ ranks.close()
 """
 
 
+def tell_threads(pid):
+    """Print how the threads of a process and of its children are, for whoever reads why they did not end."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        for thread in process.threads():
+            print(process.pid, thread, thread_state(process.pid, thread.id))  # noqa: T201
+
+
 @pytest.fixture
 def strike(tmp_path):
     """Runs a worker's ranks, one of which a fault befalls in a step; gives the exit code and what was printed."""
@@ -130,6 +149,7 @@ def strike(tmp_path):
                 out, _ = program.communicate(timeout=100)
             finally:
                 if program.poll() is None:
+                    tell_threads(program.pid)
                     os.killpg(program.pid, signal.SIGKILL)
         return program.returncode, out.strip().splitlines()[-1]
 
@@ -154,6 +174,8 @@ def all_reduce(request):
     [
         ("deadlock", 1, "rank 1 (process "),
         ("deadlock", 0, "rank 0 (process "),
+        ("deadlock beside a busy thread", 1, "rank 1 (process "),
+        ("deadlock beside a busy thread", 0, "rank 0 (process "),
         ("deadlock without beats", 1, ""),
     ],
 )
