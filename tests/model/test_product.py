@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from shardwright.model import product as product_module
 from shardwright.model.linear import KernelLinear, Linears, choose_linears, pack_linear
 from shardwright.model.product import built_product, find_product
 
+CPU = Path("/proc/cpuinfo")
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # what one rounding may change, relative
 
 
@@ -37,6 +39,24 @@ def test_products_are_one_rounding_from_exact_for_any_number_of_rows(product, dt
     weight, bias = random(n, k, dtype=dtype), random(n, dtype=dtype, seed=4)
     for rows in (*range(1, 41), 129):
         check(product, random(rows, k, dtype=dtype, seed=rows), weight, bias if rows % 2 else None)
+
+
+@pytest.mark.skipif(
+    not CPU.exists() or "avx512_bf16" not in CPU.read_text(),
+    reason="this CPU does not multiply bfloat16: it widens it anyway",
+)
+def test_where_the_cpu_does_not_multiply_bfloat16_it_is_widened(product, tmp_path, monkeypatch):
+    """And where it does, pairs of products are added up in one instruction, for other last bits of the float32 sums."""
+    monkeypatch.setattr(product_module, "FLAGS", (*product_module.FLAGS, "-mno-avx512bf16"))
+    widening = find_product(tmp_path / "kernels")
+    assert widening is not None
+    weight = random(97, 1100, dtype=torch.bfloat16)
+    for rows in (1, 4, 8, 40):
+        check(widening, random(rows, 1100, dtype=torch.bfloat16, seed=rows), weight)
+    subnormal = torch.full((1, 64), 1e-39, dtype=torch.bfloat16)
+    ones = torch.full((1, 64), 1e30, dtype=torch.bfloat16)
+    assert widening.linear(subnormal, ones, None).item() > 0.0
+    assert product.linear(subnormal, ones, None).item() == 0.0
 
 
 def test_many_rows_take_many_blocks(product, dtype):

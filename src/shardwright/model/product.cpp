@@ -1,7 +1,8 @@
 // What a stage of 16-bit weights computes most on a CPU: products of activations with weights in their plain row-major
 // order, norms, rotary embedding, and attention of sequences with one new token each. Of products:
 //
-// y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once.
+// y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once. (Where the CPU multiplies pairs
+// of bfloat16 by itself, subnormal values count as zero.)
 //
 // Each output is summed in one fixed order, whatever the other rows, the tiling and the number of threads: within a
 // piece of K_PIECE positions every lane of a vector adds its own products, then the lanes are added, then the pieces.
@@ -78,6 +79,8 @@ INLINE void add_product(Floats &sum, Floats a, Floats b) { sum += a * b; }
 
 // bfloat16 is the upper half of a float32: the even positions of a vector become one vector, the odd ones another.
 struct BFloat16 {
+    typedef float Value;  // as which a row of x is multiplied
+    enum : bool { in_pairs = false };
     INLINE Floats first(const uint16_t *from) { return (Floats)(*(const LooseWords *)from << 16); }
     INLINE Floats second(const uint16_t *from) { return (Floats)(*(const LooseWords *)from & 0xffff0000u); }
     INLINE long place(long k) { return k % 2 * LANES + k / 2; }  // where position k of a pair of vectors stands
@@ -101,9 +104,25 @@ struct BFloat16 {
     }
 };
 
+#if defined(__AVX512BF16__)
+// On CPUs that multiply pairs of bfloat16 themselves: twice as many products in an instruction, and nothing to widen.
+struct BFloat16Pairs : BFloat16 {
+    typedef uint16_t Value;
+    enum : bool { in_pairs = true };
+    INLINE void add_products(Floats &sum, Words a, Words b) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    }
+};
+typedef BFloat16Pairs BFloat16Products;
+#else
+typedef BFloat16 BFloat16Products;
+#endif
+
 #if (defined(__F16C__) && defined(__AVX__)) || defined(__aarch64__)
 #define HAS_FLOAT16 1
 struct Float16 {
+    typedef float Value;
+    enum : bool { in_pairs = false };
     INLINE Floats widen(const uint16_t *from) {
 #if defined(__AVX512F__)
         return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
@@ -184,7 +203,7 @@ struct Job {
     const uint16_t *w;   // [n][k], rows w_stride apart
     const uint16_t *bias;  // [n], or null
     uint16_t *y;         // [m][n], contiguous
-    float *wide;         // x in float32, rows of wide_stride, in the order in which weights are widened
+    void *wide;          // x as its kind multiplies it (Value), rows of wide_stride, in the order in which weights are widened
     long x_stride, w_stride, wide_stride;
     long m, n, k;
     long num_items, item_rows;
@@ -199,15 +218,23 @@ struct Ahead {
     long lines;
 };
 
-// Add to sums[MR][NR] what `lines` cache lines of each row of w give.
+// Add to sums[MR][NR] what a cache line of each row of w gives.
 template <class Kind, int MR, int NR>
-INLINE void multiply_lines(const uint16_t *w, long w_stride, const float *x, long x_stride, long lines,
-                           Ahead ahead, Floats (&sums)[MR][NR]) {
-    for (long line = 0; line < lines; line++) {
-        for (long i = 0; i < ahead.lines; i++) __builtin_prefetch(ahead.from + (line * ahead.lines + i) * LINE, 0, 2);
+INLINE void multiply_line(const uint16_t *w, long w_stride, const typename Kind::Value *x, long x_stride,
+                          Floats (&sums)[MR][NR]) {
 #pragma GCC unroll 4
-        for (long pair = 0; pair < LINE / PAIR; pair++) {
-            const long k = line * LINE + pair * PAIR;
+    for (long k = 0; k < LINE; k += PAIR) {
+        if constexpr (Kind::in_pairs) {
+            Words pairs[NR];
+#pragma GCC unroll 8
+            for (int n = 0; n < NR; n++) pairs[n] = *(const LooseWords *)(w + n * w_stride + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+                const Words value = *(const LooseWords *)(x + m * x_stride + k);
+#pragma GCC unroll 8
+                for (int n = 0; n < NR; n++) Kind::add_products(sums[m][n], value, pairs[n]);
+            }
+        } else {
             Floats half[NR];
 #pragma GCC unroll 8
             for (int n = 0; n < NR; n++) half[n] = Kind::first(w + n * w_stride + k);
@@ -229,9 +256,19 @@ INLINE void multiply_lines(const uint16_t *w, long w_stride, const float *x, lon
     }
 }
 
+// The same for `lines` of them.
+template <class Kind, int MR, int NR>
+INLINE void multiply_lines(const uint16_t *w, long w_stride, const typename Kind::Value *x, long x_stride, long lines,
+                           Ahead ahead, Floats (&sums)[MR][NR]) {
+    for (long line = 0; line < lines; line++) {
+        for (long i = 0; i < ahead.lines; i++) __builtin_prefetch(ahead.from + (line * ahead.lines + i) * LINE, 0, 2);
+        multiply_line<Kind, MR, NR>(w + line * LINE, w_stride, x + line * LINE, x_stride, sums);
+    }
+}
+
 // One piece of K_PIECE positions, or what is left of k from `begin` on.
 template <class Kind, int MR, int NR>
-INLINE void multiply_piece(const Job &job, const uint16_t *w, const float *x, long begin,
+INLINE void multiply_piece(const Job &job, const uint16_t *w, const typename Kind::Value *x, long begin,
                            Ahead ahead, float (&totals)[MR][NR]) {
     Floats sums[MR][NR];
 #pragma GCC unroll 4
@@ -295,7 +332,7 @@ struct Span {
 template <class Kind, int MR, int NR>
 static void stream_tile(const Job &job, Span span, long m, long n, long part, long parts) {
     const uint16_t *w = job.w + n * job.w_stride;
-    const float *x = job.wide + m * job.wide_stride;
+    const auto *x = (const typename Kind::Value *)job.wide + m * job.wide_stride;
     const long row_bytes = job.w_stride * (long)sizeof(uint16_t);
     const long share = (NR + parts - 1) / parts;  // rows to fetch, when several tiles pass
     const long left = NR - part * share;          // for the last of them
@@ -330,7 +367,7 @@ static void stream_span(const Job &job, Span span) {
 // Many rows of x: for one piece of k, tiles of a block of w against MR rows of x.
 template <class Kind, int MR>
 static void pass_rows(const Job &job, long m, long n, long n_end, long begin, float *totals, long totals_stride) {
-    const float *x = job.wide + m * job.wide_stride;
+    const auto *x = (const typename Kind::Value *)job.wide + m * job.wide_stride;
     enum { NR = Width<MR>::value };
     long at = n;
     for (; at + NR <= n_end; at += NR) {
@@ -394,15 +431,20 @@ static void multiply_items(void *data) {
 template <class Kind>
 static void widen_row(const Job &job, long m) {
     const uint16_t *from = job.x + m * job.x_stride;
-    float *to = job.wide + m * job.wide_stride;
-    long k = 0;
-    for (; k + PAIR <= job.k; k += PAIR) {
-        *(Floats *)(to + k) = Kind::first(from + k);
-        *(Floats *)(to + k + LANES) = Kind::second(from + k);
+    auto *to = (typename Kind::Value *)job.wide + m * job.wide_stride;
+    if constexpr (Kind::in_pairs) {
+        memcpy(to, from, job.k * sizeof *to);
+        memset(to + job.k, 0, (job.wide_stride - job.k) * sizeof *to);
+    } else {
+        long k = 0;
+        for (; k + PAIR <= job.k; k += PAIR) {
+            *(Floats *)(to + k) = Kind::first(from + k);
+            *(Floats *)(to + k + LANES) = Kind::second(from + k);
+        }
+        if (k == job.wide_stride) return;
+        memset(to + k, 0, (job.wide_stride - k) * sizeof *to);
+        for (long i = k; i < job.k; i++) to[k + Kind::place(i - k)] = Kind::to_float(from[i]);
     }
-    if (k == job.wide_stride) return;
-    memset(to + k, 0, (job.wide_stride - k) * sizeof(float));
-    for (long i = k; i < job.k; i++) to[k + Kind::place(i - k)] = Kind::to_float(from[i]);
 }
 
 template <class Kind>
@@ -421,20 +463,20 @@ INLINE void run(Parallel parallel, void (*work)(void *), Work &shared, long num_
     else work(&shared);
 }
 
-// Rows of x in float32 that are kept from call to call, one room for each calling thread.
+// Rows of x, mostly in float32, that are kept from call to call, one room for each calling thread.
 static const long KEPT_BYTES = 1 << 20;
-static thread_local float *kept = nullptr;
+static thread_local void *kept = nullptr;
 
 template <class Kind>
 static int multiply(Job &job, Parallel parallel, long threads) {
     job.wide_stride = (job.k + LINE - 1) / LINE * LINE;
-    const long num_bytes = job.m * job.wide_stride * (long)sizeof(float);
+    const long num_bytes = job.m * job.wide_stride * (long)sizeof(typename Kind::Value);
     void *room = kept;
     if (num_bytes > KEPT_BYTES || !room) {
         if (posix_memalign(&room, 64, num_bytes > KEPT_BYTES ? num_bytes : KEPT_BYTES)) return 1;
-        if (num_bytes <= KEPT_BYTES) kept = (float *)room;
+        if (num_bytes <= KEPT_BYTES) kept = room;
     }
-    job.wide = (float *)room;
+    job.wide = room;
     const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
     job.num_items = job.m;
     run(parallel, widen_items<Kind>, job, job.num_items, job.m * job.k < 65536 ? 1 : threads);
@@ -829,5 +871,6 @@ extern "C" int shardwright_multiply(const void *x, long x_stride, const void *w,
                                     void *y, long m, long n, long k, int kind, long threads, Parallel parallel) {
     Job job = {(const uint16_t *)x, (const uint16_t *)w, (const uint16_t *)bias, (uint16_t *)y, nullptr,
                x_stride, w_stride, 0, m, n, k, 0, 0, 0};
+    if (kind == 0) return multiply<BFloat16Products>(job, parallel, threads);  // the fastest for them here
     return OF_KIND(multiply, job, kind, parallel, threads);
 }
