@@ -128,27 +128,29 @@ def test_steps_in_flight_share_what_a_gap_has_room_for():
     assert found.at_once == pytest.approx(67, abs=1)
 
 
+RAMP_LIMIT = ChunkLimit(at_once=64, evenly=110)
+
+
+def take_in_turn(ramp, are_bare):
+    """What two steps in flight take in turn, those apart that have no chunk."""
+    taken = []
+    for is_bare in are_bare:
+        taken.append(0 if is_bare else ramp.allowed(RAMP_LIMIT, num_steps=2))
+        ramp.sent(num_steps=2, prompt_tokens=taken[-1])
+    return taken
+
+
 def test_chunks_grow_round_by_round_from_what_is_safe_at_once():
     ramp = ChunkRamp()
-    found = ChunkLimit(at_once=64, evenly=110)
-    taken = []
-    for _ in range(8):
-        taken.append(ramp.allowed(found, num_steps=2))
-        ramp.sent(num_steps=2, prompt_tokens=taken[-1])
-    assert taken == [64, 64, 80, 80, 100, 100, 110, 110]
-    assert ramp.allowed(found, num_steps=3) == 64
+    assert take_in_turn(ramp, [False] * 8) == [64, 64, 80, 80, 100, 100, 110, 110]
+    assert ramp.allowed(RAMP_LIMIT, num_steps=3) == 64
     assert ramp.is_fewer(1)
     assert not ramp.is_fewer(2)
 
 
 def test_a_step_without_a_chunk_lets_those_of_the_next_round_begin_anew():
-    ramp = ChunkRamp()
-    found = ChunkLimit(at_once=64, evenly=110)
-    taken = []
-    for is_bare in (False, False, False, True, False, False, False):
-        taken.append(0 if is_bare else ramp.allowed(found, num_steps=2))
-        ramp.sent(num_steps=2, prompt_tokens=taken[-1])
-    assert taken == [64, 64, 80, 0, 64, 64, 80]
+    are_bare = [False, False, False, True, False, False, False]
+    assert take_in_turn(ChunkRamp(), are_bare) == [64, 64, 80, 0, 64, 64, 80]
 
 
 def test_a_chunks_time_on_a_link_counts():

@@ -97,10 +97,9 @@ def test_deepspeed_s_kernel_is_another_in_another_environment(tmp_path, monkeypa
     monkeypatch.setattr(deepspeed_kernel, "run_build", lambda _: (0, ""))
     here = build_kernel(tmp_path)
     elsewhere = SimpleNamespace(origin=str(tmp_path / "site-packages" / "deepspeed" / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: elsewhere)
-    assert build_kernel(tmp_path) != here
-    monkeypatch.undo()
-    monkeypatch.setattr(deepspeed_kernel, "run_build", lambda _: (0, ""))
+    with monkeypatch.context() as moved:
+        moved.setattr(importlib.util, "find_spec", lambda _: elsewhere)
+        assert build_kernel(tmp_path) != here
     assert build_kernel(tmp_path) == here
 
 

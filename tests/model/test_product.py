@@ -54,9 +54,9 @@ def test_where_the_cpu_does_not_multiply_bfloat16_it_is_widened(product, tmp_pat
     for rows in (1, 4, 8, 40):
         check(widening, random(rows, 1100, dtype=torch.bfloat16, seed=rows), weight)
     subnormal = torch.full((1, 64), 1e-39, dtype=torch.bfloat16)
-    ones = torch.full((1, 64), 1e30, dtype=torch.bfloat16)
-    assert widening.linear(subnormal, ones, None).item() > 0.0
-    assert product.linear(subnormal, ones, None).item() == 0.0
+    large = torch.full((1, 64), 1e30, dtype=torch.bfloat16)
+    assert widening.linear(subnormal, large, None).item() > 0.0
+    assert product.linear(subnormal, large, None).item() == 0.0
 
 
 def test_many_rows_take_many_blocks(product, dtype):

@@ -106,6 +106,7 @@ struct BFloat16 {
 
 #if defined(__AVX512BF16__)
 // On CPUs that multiply pairs of bfloat16 themselves: twice as many products in an instruction, and nothing to widen.
+// Elsewhere they are widened as ever.
 struct BFloat16Pairs : BFloat16 {
     typedef uint16_t Value;
     enum : bool { in_pairs = true };
@@ -113,9 +114,8 @@ struct BFloat16Pairs : BFloat16 {
         __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     }
 };
-typedef BFloat16Pairs BFloat16Products;
 #else
-typedef BFloat16 BFloat16Products;
+typedef BFloat16 BFloat16Pairs;
 #endif
 
 #if (defined(__F16C__) && defined(__AVX__)) || defined(__aarch64__)
@@ -160,15 +160,15 @@ struct Float16 {
 };
 #endif
 
-// What an entry gives: its work for the kind of 16-bit values that it was called with, bfloat16 being 0 and float16 1, or 2
-// for a kind that this machine can't widen.
+// What an entry gives: its work for the kind of 16-bit values that it was called with, bfloat16 being 0 (and computed as
+// `bfloat16`) and float16 1, or 2 for a kind that this machine can't widen.
 #if defined(HAS_FLOAT16)
-#define OF_KIND(work, shared, kind, ...) \
-    ((kind) == 0   ? work<BFloat16>(shared, __VA_ARGS__) \
+#define OF_KIND(work, bfloat16, shared, kind, ...) \
+    ((kind) == 0   ? work<bfloat16>(shared, __VA_ARGS__) \
      : (kind) == 1 ? work<Float16>(shared, __VA_ARGS__)  \
                    : 2)
 #else
-#define OF_KIND(work, shared, kind, ...) ((kind) == 0 ? work<BFloat16>(shared, __VA_ARGS__) : 2)
+#define OF_KIND(work, bfloat16, shared, kind, ...) ((kind) == 0 ? work<bfloat16>(shared, __VA_ARGS__) : 2)
 #endif
 
 INLINE Quarter fold(Floats value) {
@@ -563,7 +563,7 @@ static int normalise(Norm &norm, Parallel parallel, long threads) {
 extern "C" int shardwright_rms_norm(const void *x, const void *weight, void *y, long rows, long size, float epsilon,
                                     int form, int kind, long threads, Parallel parallel) {
     Norm norm = {(const uint16_t *)x, (const uint16_t *)weight, (uint16_t *)y, rows, size, epsilon, form, 0};
-    return OF_KIND(normalise, norm, kind, parallel, threads);
+    return OF_KIND(normalise, BFloat16, norm, kind, parallel, threads);
 }
 
 // Rotary embedding (Su et al., 2021) of queries and keys, with halves turned into each other: what all threads share.
@@ -635,7 +635,7 @@ extern "C" int shardwright_rotate(const void *queries, const void *keys, const v
     rotary.sine_row = sine_row;
     rotary.rows = rows;
     rotary.size = size;
-    return OF_KIND(rotate, rotary, kind, parallel, threads);
+    return OF_KIND(rotate, BFloat16, rotary, kind, parallel, threads);
 }
 
 // Attention of sequences with one new token each over K and V in blocks: what all threads share.
@@ -863,7 +863,7 @@ extern "C" int shardwright_attend(const void *q, long q_row, long q_head, const 
     a.block_size = block_size;
     a.num_sequences = num_sequences;
     a.scaling = scaling;
-    return OF_KIND(attend, a, kind, parallel, threads);
+    return OF_KIND(attend, BFloat16, a, kind, parallel, threads);
 }
 
 // Nonzero: no memory, or a kind that this machine can't widen.
@@ -871,6 +871,5 @@ extern "C" int shardwright_multiply(const void *x, long x_stride, const void *w,
                                     void *y, long m, long n, long k, int kind, long threads, Parallel parallel) {
     Job job = {(const uint16_t *)x, (const uint16_t *)w, (const uint16_t *)bias, (uint16_t *)y, nullptr,
                x_stride, w_stride, 0, m, n, k, 0, 0, 0};
-    if (kind == 0) return multiply<BFloat16Products>(job, parallel, threads);  // the fastest for them here
-    return OF_KIND(multiply, job, kind, parallel, threads);
+    return OF_KIND(multiply, BFloat16Pairs, job, kind, parallel, threads);
 }

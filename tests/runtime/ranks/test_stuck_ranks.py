@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -124,9 +125,11 @@ ranks.close()
 
 def tell_threads(pid):
     """Print how the threads of a process and of its children are, for whoever reads why they did not end."""
-    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        for thread in process.threads():
-            print(process.pid, thread, thread_state(process.pid, thread.id))  # noqa: T201
+    with contextlib.suppress(psutil.Error):  # one has ended meanwhile; the others are ended all the same
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            for thread in process.threads():
+                print(process.pid, thread, thread_state(process.pid, thread.id))  # noqa: T201
 
 
 @pytest.fixture
