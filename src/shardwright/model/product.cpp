@@ -52,8 +52,8 @@ enum : long {
     ROWS = 4,           // rows of x in a tile
     N_BLOCK = 96,       // rows of w that stay in the second-level cache while many rows of x pass
     M_BLOCK = 128,      // rows of x that pass them
-    FEW_ROWS = 12,      // up to so many rows of x, each weight is read once, in the order of memory
     AHEAD_BYTES = 8192,  // so far ahead of what is multiplied, weights are fetched from memory, or a tile's rows
+    ASK_AGAIN = 8,      // so many lines of a tile's rows later, the same weights are asked for again
 };
 
 // How many rows of w a tile of so many rows of x takes: as many sums as the registers hold, and with one row of x no more
@@ -210,16 +210,37 @@ struct Job {
     long next;           // the next item that no thread has taken
 };
 
-// What is fetched while a tile is multiplied: `lines` cache lines for each line of one of its rows, one after the other as
-// memory has them, which DRAM and the CPU's own fetching like better than the order in which a tile reads them. Into the
-// second-level cache: the first has no room for more than a tile and x, and no more requests to spare.
-struct Ahead {
-    const uint16_t *from;
-    long lines;
-};
+// Up to so many rows of x, each weight is read from memory once, in memory's order.
+template <class Kind>
+constexpr long few_rows() {
+    return Kind::in_pairs ? 32 : 12;
+}
 
-// Add to sums[MR][NR] what a cache line of each row of w gives.
-template <class Kind, int MR, int NR>
+// While a tile is multiplied, later weights are fetched: FETCH cache lines for each line of one of the tile's rows, one
+// after the other as memory has them, which DRAM and the CPU's own fetching like better than the order in which a tile
+// reads them. Into the second-level cache: the first has no room for more than a tile and x, and no more requests to
+// spare. A CPU may drop such a request while too many are under way (Zen 4 does), so each is made three times; one for a
+// line that is there already costs next to nothing.
+template <int FETCH>
+INLINE void fetch_lines(const uint16_t *ahead) {
+#pragma GCC unroll 8
+    for (long i = 0; i < FETCH; i++) {
+        __builtin_prefetch(ahead + i * LINE, 0, 2);
+        __builtin_prefetch(ahead + (i - ASK_AGAIN * FETCH) * LINE, 0, 2);
+        __builtin_prefetch(ahead + (i - 2 * ASK_AGAIN * FETCH) * LINE, 0, 2);
+    }
+}
+
+// Keeps GCC from reading a value again for each use, which takes half as long again where arithmetic is what there is to
+// wait for. (Where memory is, reading again was a tenth faster.)
+INLINE void stay_in_register(Words &value) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(value));
+#endif
+}
+
+// Add to sums[MR][NR] what a cache line of each row of w gives. `once`: the rows come from memory and pass one tile only.
+template <class Kind, bool once, int MR, int NR>
 INLINE void multiply_line(const uint16_t *w, long w_stride, const typename Kind::Value *x, long x_stride,
                           Floats (&sums)[MR][NR]) {
 #pragma GCC unroll 4
@@ -227,7 +248,10 @@ INLINE void multiply_line(const uint16_t *w, long w_stride, const typename Kind:
         if constexpr (Kind::in_pairs) {
             Words pairs[NR];
 #pragma GCC unroll 8
-            for (int n = 0; n < NR; n++) pairs[n] = *(const LooseWords *)(w + n * w_stride + k);
+            for (int n = 0; n < NR; n++) {
+                pairs[n] = *(const LooseWords *)(w + n * w_stride + k);
+                if constexpr (!once) stay_in_register(pairs[n]);
+            }
 #pragma GCC unroll 4
             for (int m = 0; m < MR; m++) {
                 const Words value = *(const LooseWords *)(x + m * x_stride + k);
@@ -257,19 +281,19 @@ INLINE void multiply_line(const uint16_t *w, long w_stride, const typename Kind:
 }
 
 // The same for `lines` of them.
-template <class Kind, int MR, int NR>
+template <class Kind, int FETCH, int MR, int NR>
 INLINE void multiply_lines(const uint16_t *w, long w_stride, const typename Kind::Value *x, long x_stride, long lines,
-                           Ahead ahead, Floats (&sums)[MR][NR]) {
+                           const uint16_t *ahead, Floats (&sums)[MR][NR]) {
     for (long line = 0; line < lines; line++) {
-        for (long i = 0; i < ahead.lines; i++) __builtin_prefetch(ahead.from + (line * ahead.lines + i) * LINE, 0, 2);
-        multiply_line<Kind, MR, NR>(w + line * LINE, w_stride, x + line * LINE, x_stride, sums);
+        fetch_lines<FETCH>(ahead + line * FETCH * LINE);
+        multiply_line<Kind, FETCH == NR>(w + line * LINE, w_stride, x + line * LINE, x_stride, sums);
     }
 }
 
 // One piece of K_PIECE positions, or what is left of k from `begin` on.
-template <class Kind, int MR, int NR>
+template <class Kind, int FETCH, int MR, int NR>
 INLINE void multiply_piece(const Job &job, const uint16_t *w, const typename Kind::Value *x, long begin,
-                           Ahead ahead, float (&totals)[MR][NR]) {
+                           const uint16_t *ahead, float (&totals)[MR][NR]) {
     Floats sums[MR][NR];
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++)
@@ -277,14 +301,14 @@ INLINE void multiply_piece(const Job &job, const uint16_t *w, const typename Kin
         for (int n = 0; n < NR; n++) sums[m][n] = Floats{};
     const long count = job.k - begin < K_PIECE ? job.k - begin : K_PIECE;
     const long lines = count / LINE, rest = count % LINE;
-    ahead.from += begin * ahead.lines;
-    multiply_lines<Kind, MR, NR>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, ahead, sums);
+    ahead += begin * FETCH;
+    multiply_lines<Kind, FETCH>(w + begin, job.w_stride, x + begin, job.wide_stride, lines, ahead, sums);
     if (rest) {  // reading on would leave the row, and the last one's memory
         uint16_t padded[NR][LINE];
         memset(padded, 0, sizeof padded);
         const long at = begin + lines * LINE;
         for (int n = 0; n < NR; n++) memcpy(padded[n], w + n * job.w_stride + at, rest * sizeof(uint16_t));
-        multiply_lines<Kind, MR, NR>(padded[0], LINE, x + at, job.wide_stride, 1, Ahead{}, sums);
+        multiply_lines<Kind, 0>(padded[0], LINE, x + at, job.wide_stride, 1, nullptr, sums);
     }
     const Floats *sum = &sums[0][0];
     float *total = &totals[0][0];
@@ -328,40 +352,41 @@ struct Span {
     long following;
 };
 
-// Few rows of x: all of k for NR rows of w. Meanwhile its part of a later tile's rows is fetched.
-template <class Kind, int MR, int NR>
-static void stream_tile(const Job &job, Span span, long m, long n, long part, long parts) {
+// Few rows of x: all of k for NR rows of w. Meanwhile SHARE rows of a later tile are fetched.
+template <class Kind, int SHARE, int MR, int NR>
+static void stream_tile(const Job &job, Span span, long m, long n, long part) {
     const uint16_t *w = job.w + n * job.w_stride;
     const auto *x = (const typename Kind::Value *)job.wide + m * job.wide_stride;
     const long row_bytes = job.w_stride * (long)sizeof(uint16_t);
-    const long share = (NR + parts - 1) / parts;  // rows to fetch, when several tiles pass
-    const long left = NR - part * share;          // for the last of them
     long later = n + (AHEAD_BYTES / (NR * row_bytes) + 1) * NR;
     if (later >= span.end) later += span.following - span.end;
-    const Ahead ahead = {job.w + (later + part * share) * job.w_stride, left < share ? left : share};
+    const uint16_t *ahead = job.w + (later + part * SHARE) * job.w_stride;
     float totals[MR][NR] = {};
     for (long begin = 0; begin < job.k; begin += K_PIECE)
-        multiply_piece<Kind, MR, NR>(job, w, x, begin, ahead, totals);
+        multiply_piece<Kind, SHARE>(job, w, x, begin, ahead, totals);
     store_tile<Kind, MR, NR>(job, m, n, totals);
 }
 
-template <class Kind, int NR>
+// All rows of x, in as many parts as they are cut into.
+template <class Kind, int SHARE, int NR>
 INLINE void stream_rows(const Job &job, Span span, long n) {
     const long parts = (job.m + ROWS - 1) / ROWS;
     for (long part = 0; part < parts; part++) {
         const long m = job.m * part / parts, count = job.m * (part + 1) / parts - m;
-        if (count == 4) stream_tile<Kind, 4, NR>(job, span, m, n, part, parts);
-        else if (count == 3) stream_tile<Kind, 3, NR>(job, span, m, n, part, parts);
-        else if (count == 2) stream_tile<Kind, 2, NR>(job, span, m, n, part, parts);
-        else stream_tile<Kind, 1, NR>(job, span, m, n, part, parts);
+        if (count == 4) stream_tile<Kind, SHARE, 4, NR>(job, span, m, n, part);
+        else if (count == 3) stream_tile<Kind, SHARE, 3, NR>(job, span, m, n, part);
+        else if (count == 2) stream_tile<Kind, SHARE, 2, NR>(job, span, m, n, part);
+        else stream_tile<Kind, SHARE, 1, NR>(job, span, m, n, part);
     }
 }
 
-template <class Kind, int NR>
+// PARTS is how many parts share the fetching; where there are more, the last ones fetch what others fetch later.
+template <class Kind, int PARTS, int NR>
 static void stream_span(const Job &job, Span span) {
+    enum { SHARE = (NR + PARTS - 1) / PARTS };
     long n = span.begin;
-    for (; n + NR <= span.end; n += NR) stream_rows<Kind, NR>(job, span, n);
-    for (; n < span.end; n++) stream_rows<Kind, 1>(job, span, n);
+    for (; n + NR <= span.end; n += NR) stream_rows<Kind, SHARE, NR>(job, span, n);
+    for (; n < span.end; n++) stream_rows<Kind, 1, 1>(job, span, n);
 }
 
 // Many rows of x: for one piece of k, tiles of a block of w against MR rows of x.
@@ -372,13 +397,13 @@ static void pass_rows(const Job &job, long m, long n, long n_end, long begin, fl
     long at = n;
     for (; at + NR <= n_end; at += NR) {
         float sums[MR][NR] = {};
-        multiply_piece<Kind, MR, NR>(job, job.w + at * job.w_stride, x, begin, Ahead{}, sums);
+        multiply_piece<Kind, 0>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
         for (int i = 0; i < MR; i++)
             for (int r = 0; r < NR; r++) totals[i * totals_stride + at - n + r] += sums[i][r];
     }
     for (; at < n_end; at++) {
         float sums[MR][1] = {};
-        multiply_piece<Kind, MR, 1>(job, job.w + at * job.w_stride, x, begin, Ahead{}, sums);
+        multiply_piece<Kind, 0>(job, job.w + at * job.w_stride, x, begin, nullptr, sums);
         for (int i = 0; i < MR; i++) totals[i * totals_stride + at - n] += sums[i][0];
     }
 }
@@ -405,17 +430,18 @@ INLINE long take(Work &work) {
 template <class Kind>
 static void multiply_items(void *data) {
     Job &job = *(Job *)data;
-    if (job.m <= FEW_ROWS) {
-        const long parts = (job.m + ROWS - 1) / ROWS, widest = (job.m + parts - 1) / parts;
+    if (job.m <= few_rows<Kind>()) {
         for (long item = take(job), after; item < job.num_items; item = after) {
             after = take(job);  // already now, so that it can be fetched
             const long begin = item * job.item_rows;
             const long end = begin + job.item_rows < job.n ? begin + job.item_rows : job.n;
             const Span span = {begin, end, after < job.num_items ? after * job.item_rows : end};
-            if (widest == 4) stream_span<Kind, Width<4>::value>(job, span);
-            else if (widest == 3) stream_span<Kind, Width<3>::value>(job, span);
-            else if (widest == 2) stream_span<Kind, Width<2>::value>(job, span);
-            else stream_span<Kind, Width<1>::value>(job, span);
+            if (job.m == 1) stream_span<Kind, 1, Width<1>::value>(job, span);
+            else if (job.m == 2) stream_span<Kind, 1, Width<2>::value>(job, span);
+            else if (job.m <= ROWS) stream_span<Kind, 1, Width<ROWS>::value>(job, span);
+            else if (job.m <= 2 * ROWS) stream_span<Kind, 2, Width<ROWS>::value>(job, span);
+            else if (job.m <= 5 * ROWS) stream_span<Kind, 3, Width<ROWS>::value>(job, span);
+            else stream_span<Kind, 6, Width<ROWS>::value>(job, span);
         }
         return;
     }
@@ -469,7 +495,8 @@ static thread_local void *kept = nullptr;
 
 template <class Kind>
 static int multiply(Job &job, Parallel parallel, long threads) {
-    job.wide_stride = (job.k + LINE - 1) / LINE * LINE;
+    // An odd number of cache lines: with rows a power of two apart, all would lie in the same few places of a cache.
+    job.wide_stride = ((job.k + LINE - 1) / LINE | 1) * LINE;
     const long num_bytes = job.m * job.wide_stride * (long)sizeof(typename Kind::Value);
     void *room = kept;
     if (num_bytes > KEPT_BYTES || !room) {
@@ -480,7 +507,7 @@ static int multiply(Job &job, Parallel parallel, long threads) {
     const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
     job.num_items = job.m;
     run(parallel, widen_items<Kind>, job, job.num_items, job.m * job.k < 65536 ? 1 : threads);
-    if (job.m <= FEW_ROWS) {
+    if (job.m <= few_rows<Kind>()) {
         // a piece of some 64 KiB at a time, so that a thread that is held up holds up nobody else
         long rows = 32768 / job.k / 24 * 24;
         const long share = job.n / (4 * threads) / 24 * 24;
@@ -715,13 +742,13 @@ static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *
     for (long j = 0; j < count;) {
         if (j + NR <= count && keys[j + 1] == keys[j] + job.w_stride) {
             float sums[MR][NR] = {};
-            multiply_piece<Kind, MR, NR>(job, keys[j], wide, 0, Ahead{}, sums);
+            multiply_piece<Kind, 0>(job, keys[j], wide, 0, nullptr, sums);
             for (int m = 0; m < MR; m++)
                 for (int r = 0; r < NR; r++) scores[m][j + r] = sums[m][r];
             j += NR;
         } else {
             float sums[MR][1] = {};
-            multiply_piece<Kind, MR, 1>(job, keys[j], wide, 0, Ahead{}, sums);
+            multiply_piece<Kind, 0>(job, keys[j], wide, 0, nullptr, sums);
             for (int m = 0; m < MR; m++) scores[m][j] = sums[m][0];
             j++;
         }
