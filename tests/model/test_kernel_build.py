@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from shardwright.config import default_cache_dir
 from shardwright.errors import ConfigError
 from shardwright.model import deepspeed_kernel
 from shardwright.model.deepspeed_kernel import build_kernel
@@ -151,3 +153,27 @@ def test_the_compilation_of_deepspeed_s_kernel_ends_with_a_worker_that_is_killed
         worker.wait()
     for pid in map(int, pids.read_text().split()):
         wait_until(lambda pid=pid: is_gone(pid))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="it is for Linux")
+def test_ranks_load_what_was_compiled_though_its_sources_are_younger(tmp_path):
+    """As after a reinstallation. Nothing could be compiled here: there is no compiler on the path."""
+    kernels = tmp_path / "kernels" / "of-this-cpu"
+    shutil.copytree(build_kernel(default_cache_dir() / "kernels" / "deepspeed"), kernels)
+    old = [path for path in kernels.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".so" for path in old)
+    for path in old:
+        os.utime(path, (0, 0))
+    code = textwrap.dedent(f"""
+        import pathlib
+        from shardwright.model.deepspeed_kernel import import_deepspeed, load_kernel
+        deepspeed = import_deepspeed(kernel=True)
+        load_kernel(pathlib.Path({str(kernels)!r}))
+        builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+        print(builder.load().__spec__.origin)
+    """)
+    environ = {**os.environ, "PATH": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, [str(next(kernels.rglob("*.so")))]), done.stderr

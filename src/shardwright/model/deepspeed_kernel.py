@@ -4,10 +4,12 @@
     <folder>/<versions, hash>/ what torch's builder writes, and `built` once that is whole; its time is the last use
 
 The hash is of the CPU and of where DeepSpeed and torch lie: the builder compiles anew when a path is another, so two
-environments in one folder would undo each other's work with every start.
+environments in one folder would undo each other's work.
 
 It is compiled by a process of its own (`python -m shardwright.model.deepspeed_kernel FOLDER`): torch's builder can't be
-stopped, and what it starts would outlive a worker that ends meanwhile.
+stopped, and what it starts would outlive a worker that ends meanwhile. Ranks load what that process left without
+asking the builder, which would compile anew, for a minute and within each start, wherever the sources are younger than
+the library: after every reinstallation.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import io
 import os
@@ -69,13 +72,31 @@ def build_kernel(folder: Path) -> Path:
 
 def load_kernel(kernels: Path) -> None:
     """Load what `build_kernel` gave into this process, for DeepSpeed. What was removed meanwhile is compiled again."""
-    # torch has a lock file of its own, for which others wait for ever when a compiling process was killed.
     kernels.mkdir(parents=True, exist_ok=True)
     with locked(kernels.parent):
-        (kernels / _KERNEL / "lock").unlink(missing_ok=True)
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
-        accelerator: Any = importlib.import_module("deepspeed.accelerator")
-        accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+        library = kernels / _KERNEL / f"{_KERNEL}.so"
+        builder = _builder()
+        if not ((kernels / _BUILT).exists() and library.exists()):
+            _compile(builder, kernels)
+            return
+        loader = importlib.machinery.ExtensionFileLoader(_KERNEL, str(library))
+        spec = importlib.machinery.ModuleSpec(_KERNEL, loader, origin=str(library))
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        builder._loaded_ops[builder.name] = module  # noqa: SLF001  what its `load` gives from now on
+
+
+def _builder() -> Any:
+    accelerator: Any = importlib.import_module("deepspeed.accelerator")
+    return accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+
+
+def _compile(builder: Any, kernels: Path) -> None:
+    """Compile what is missing or out of date in a folder whose parent this process has locked, and load it."""
+    # torch has a lock file of its own, for which others wait for ever when a compiling process was killed.
+    (kernels / _KERNEL / "lock").unlink(missing_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
+    builder.load()
 
 
 @contextlib.contextmanager
@@ -110,9 +131,10 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     os.environ["DS_ACCELERATOR"] = "cpu"
     import_deepspeed(kernel=True)
+    kernels.mkdir(parents=True, exist_ok=True)
     try:
-        with quiet_deepspeed():
-            load_kernel(kernels)
+        with quiet_deepspeed(), locked(kernels.parent):
+            _compile(_builder(), kernels)
     except Exception as exc:  # noqa: BLE001  whatever a compiler and its helpers may raise
         words = str(exc).strip().splitlines()
         sys.exit(words[0] if words else type(exc).__name__)
