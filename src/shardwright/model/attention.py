@@ -123,7 +123,7 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
+class Decodes:
     """Sequences of a step with one new token each, for our own kernel, as seen through one window."""
 
     num_sequences: int
@@ -196,13 +196,18 @@ class StepBatch:
         self.slots = integers[places[2]]
         self.logit_rows = integers[places[3]] if logit_rows else None
         self._groups = {window: [finish(integers) for finish in some] for window, some in drafts.items()}
-        self._decodes = {window: _Decodes(count, integers[place]) for window, (count, place) in tables.items() if count}
+        self._decodes = {window: Decodes(count, integers[place]) for window, (count, place) in tables.items() if count}
+
+    @property
+    def is_for_kernel(self) -> bool:
+        """Whether every sequence has one new token and the kernel attends it: the rows are the sequences."""
+        return self.kernel is not None and len(self._slices) == self.num_tokens
 
     def groups(self, window: int | None) -> list[_Group]:
         """The step's sequences as seen through `window`; with `decodes` they hold every row once."""
         return self._groups[window]
 
-    def decodes(self, window: int | None) -> _Decodes | None:
+    def decodes(self, window: int | None) -> Decodes | None:
         """Those that the kernel attends; None if there are none."""
         return self._decodes.get(window)
 
@@ -349,6 +354,16 @@ class PagedLayer:
         self._cache = cache
         self._cell = cell
         self._window = window
+
+    @property
+    def cache(self) -> LayerCache:
+        """Where its K and V lie."""
+        return self._cache
+
+    @property
+    def window(self) -> int | None:
+        """How far the layer sees."""
+        return self._window
 
     def attend(
         self,

@@ -493,20 +493,13 @@ INLINE void run(Parallel parallel, void (*work)(void *), Work &shared, long num_
 static const long KEPT_BYTES = 1 << 20;
 static thread_local void *kept = nullptr;
 
+// How far apart rows of x lie once they are copied: an odd number of cache lines. With rows a power of two apart, all
+// would lie in the same few places of a cache.
+INLINE long wide_stride_for(long k) { return ((k + LINE - 1) / LINE | 1) * LINE; }
+
+// Cut a product into items that threads take.
 template <class Kind>
-static int multiply(Job &job, Parallel parallel, long threads) {
-    // An odd number of cache lines: with rows a power of two apart, all would lie in the same few places of a cache.
-    job.wide_stride = ((job.k + LINE - 1) / LINE | 1) * LINE;
-    const long num_bytes = job.m * job.wide_stride * (long)sizeof(typename Kind::Value);
-    void *room = kept;
-    if (num_bytes > KEPT_BYTES || !room) {
-        if (posix_memalign(&room, 64, num_bytes > KEPT_BYTES ? num_bytes : KEPT_BYTES)) return 1;
-        if (num_bytes <= KEPT_BYTES) kept = room;
-    }
-    job.wide = room;
-    const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
-    job.num_items = job.m;
-    run(parallel, widen_items<Kind>, job, job.num_items, job.m * job.k < 65536 ? 1 : threads);
+static void cut_product(Job &job, long threads) {
     if (job.m <= few_rows<Kind>()) {
         // a piece of some 64 KiB at a time, so that a thread that is held up holds up nobody else
         long rows = 32768 / job.k / 24 * 24;
@@ -517,6 +510,22 @@ static int multiply(Job &job, Parallel parallel, long threads) {
     } else {
         job.num_items = (job.n + N_BLOCK - 1) / N_BLOCK * ((job.m + M_BLOCK - 1) / M_BLOCK);
     }
+}
+
+template <class Kind>
+static int multiply(Job &job, Parallel parallel, long threads) {
+    job.wide_stride = wide_stride_for(job.k);
+    const long num_bytes = job.m * job.wide_stride * (long)sizeof(typename Kind::Value);
+    void *room = kept;
+    if (num_bytes > KEPT_BYTES || !room) {
+        if (posix_memalign(&room, 64, num_bytes > KEPT_BYTES ? num_bytes : KEPT_BYTES)) return 1;
+        if (num_bytes <= KEPT_BYTES) kept = room;
+    }
+    job.wide = room;
+    const bool is_small = job.n * job.k < 32768;  // waking a thread takes longer
+    job.num_items = job.m;
+    run(parallel, widen_items<Kind>, job, job.num_items, job.m * job.k < 65536 ? 1 : threads);
+    cut_product<Kind>(job, threads);
     run(parallel, multiply_items<Kind>, job, job.num_items, is_small ? 1 : threads);
     if (num_bytes > KEPT_BYTES) free(room);
     return 0;
@@ -629,14 +638,17 @@ static void turn_heads(const Turned &turn, long row, long size, const uint16_t *
 }
 
 template <class Kind>
+static void turn_row(const Rotary &rotary, long row) {
+    const uint16_t *cosines = rotary.cosines + row * rotary.cosine_row;
+    const uint16_t *sines = rotary.sines + row * rotary.sine_row;
+    turn_heads<Kind>(rotary.queries, row, rotary.size, cosines, sines);
+    turn_heads<Kind>(rotary.keys, row, rotary.size, cosines, sines);
+}
+
+template <class Kind>
 static void turn_rows(void *data) {
     Rotary &rotary = *(Rotary *)data;
-    for (long row = take(rotary); row < rotary.rows; row = take(rotary)) {
-        const uint16_t *cosines = rotary.cosines + row * rotary.cosine_row;
-        const uint16_t *sines = rotary.sines + row * rotary.sine_row;
-        turn_heads<Kind>(rotary.queries, row, rotary.size, cosines, sines);
-        turn_heads<Kind>(rotary.keys, row, rotary.size, cosines, sines);
-    }
+    for (long row = take(rotary); row < rotary.rows; row = take(rotary)) turn_row<Kind>(rotary, row);
 }
 
 template <class Kind>
@@ -804,44 +816,48 @@ static void attend_items(void *data) {
     }
 }
 
-// Bring the chunks of each sequence and head together, in their order.
+// Bring the chunks of one sequence and head together, in their order.
 template <class Kind>
-static void join_items(void *data) {
-    Attention &a = *(Attention *)data;
+static void join_chunks(const Attention &a, long index, long head) {
     const long stride = 2 + a.value_dim, heads = a.kv_heads * a.shared;
-    for (long item = take(a); item < a.num_sequences * heads; item = take(a)) {
-        const long index = item / heads, head = item % heads, group = head / a.shared, m = head % a.shared;
-        const int64_t *sequence = a.table + index * TABLE_FIELDS;
-        const long num_chunks = (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
-        float *first = a.parts + ((a.firsts[index] * a.kv_heads + group) * a.shared + m) * stride;
-        const long apart = a.kv_heads * a.shared * stride;
-        float maximum = first[0];
-        for (long c = 1; c < num_chunks; c++) maximum = first[c * apart] > maximum ? first[c * apart] : maximum;
-        float sum = 0.0f;
-        for (long c = 0; c < num_chunks; c++) {
-            const float *part = first + c * apart;
-            const float scale = num_chunks == 1 ? 1.0f : exp_of(Floats{} + (part[0] - maximum))[0];
-            sum += part[1] * scale;
-            if (c == 0)
-                for (long k = 0; k < a.value_dim; k++) first[2 + k] *= scale;
-            else
-                for (long k = 0; k < a.value_dim; k++) first[2 + k] += part[2 + k] * scale;
-        }
-        uint16_t *y = a.y + (sequence[0] * heads + head) * a.value_dim;
-        const float over = 1.0f / sum;
-        for (long k = 0; k < a.value_dim; k++)
-            y[k] = Kind::from_float(first[2 + k / PAIR * PAIR + Kind::place(k % PAIR)] * over);
+    const long group = head / a.shared, m = head % a.shared;
+    const int64_t *sequence = a.table + index * TABLE_FIELDS;
+    const long num_chunks = (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
+    float *first = a.parts + ((a.firsts[index] * a.kv_heads + group) * a.shared + m) * stride;
+    const long apart = a.kv_heads * a.shared * stride;
+    float maximum = first[0];
+    for (long c = 1; c < num_chunks; c++) maximum = first[c * apart] > maximum ? first[c * apart] : maximum;
+    float sum = 0.0f;
+    for (long c = 0; c < num_chunks; c++) {
+        const float *part = first + c * apart;
+        const float scale = num_chunks == 1 ? 1.0f : exp_of(Floats{} + (part[0] - maximum))[0];
+        sum += part[1] * scale;
+        if (c == 0)
+            for (long k = 0; k < a.value_dim; k++) first[2 + k] *= scale;
+        else
+            for (long k = 0; k < a.value_dim; k++) first[2 + k] += part[2 + k] * scale;
     }
+    uint16_t *y = a.y + (sequence[0] * heads + head) * a.value_dim;
+    const float over = 1.0f / sum;
+    for (long k = 0; k < a.value_dim; k++)
+        y[k] = Kind::from_float(first[2 + k / PAIR * PAIR + Kind::place(k % PAIR)] * over);
 }
 
 template <class Kind>
-static int attend(Attention &a, Parallel parallel, long threads) {
+static void join_items(void *data) {
+    Attention &a = *(Attention *)data;
+    const long heads = a.kv_heads * a.shared;
+    for (long item = take(a); item < a.num_sequences * heads; item = take(a))
+        join_chunks<Kind>(a, item / heads, item % heads);
+}
+
+// Cut an attention into items that threads take; 1: no memory, 2: not for this kernel. `parts` is to be freed.
+static int cut_attention(Attention &a) {
     if (a.value_dim % PAIR || a.key_dim > MAX_KEY_DIM) return 2;
-    long num_chunks = 0, num_positions = 0;
+    long num_chunks = 0;
     for (long i = 0; i < a.num_sequences; i++) {
         const int64_t *sequence = a.table + i * TABLE_FIELDS;
         num_chunks += (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
-        num_positions += sequence[2] - sequence[1];
     }
     a.num_items = num_chunks * a.kv_heads;
     const long num_floats = a.num_items * a.shared * (2 + a.value_dim);
@@ -861,12 +877,22 @@ static int attend(Attention &a, Parallel parallel, long threads) {
     }
     a.chunks = chunks;
     a.firsts = firsts;
+    return 0;
+}
+
+template <class Kind>
+static int attend(Attention &a, Parallel parallel, long threads) {
+    const int status = cut_attention(a);
+    if (status) return status;
+    long num_positions = 0;
+    for (long i = 0; i < a.num_sequences; i++)
+        num_positions += a.table[i * TABLE_FIELDS + 2] - a.table[i * TABLE_FIELDS + 1];
     // waking a thread takes as long as some thousand products
     const bool is_small = num_positions * a.kv_heads * a.shared * (a.key_dim + a.value_dim) < 131072;
-    const bool is_long = num_chunks > 4 * a.num_sequences;  // else there is little to join
+    const bool is_long = a.num_items > 4 * a.num_sequences * a.kv_heads;  // else there is little to join
     run(parallel, attend_items<Kind>, a, a.num_items, is_small ? 1 : threads);
     run(parallel, join_items<Kind>, a, a.num_sequences * a.kv_heads * a.shared, is_small || !is_long ? 1 : threads);
-    free(room);
+    free(a.parts);
     return 0;
 }
 

@@ -1,6 +1,6 @@
-"""What 16-bit stages compute most on a CPU, by a kernel of our own (`product.cpp`), compiled where it is used.
+"""What 16-bit stages compute most on a CPU, by a kernel of our own (`product.cpp`, `layer.cpp`), compiled where it is used.
 
-Products with weights, norms, rotary embedding and the attention of decodes. Knows a compiler and a folder; nothing of
+Products with weights, norms, rotary embedding, activation functions, the attention of decodes, and whole layers. Knows a compiler and a folder; nothing of
 models. Where there is no compiler, or anything else is in the way, there is no kernel, and whoever asked goes on with
 torch's products.
 """
@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -33,6 +33,13 @@ BUILD_TIMEOUT_S = 120.0
 FORMS = (0, 1, 2)
 """Of a root-mean-square norm: `product.cpp` says which rounds where, and which adds 1 to the weight."""
 
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""As `layer.cpp` numbers them."""
+
+NUM_BASES = 16
+"""What a layer's operands may lie behind: `Product.layer` says what they are."""
+
+_SOURCES = ("product.cpp", "layer.cpp")  # compiled as one text
 _KINDS = {torch.bfloat16: 0, torch.float16: 1}
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,16 @@ class KernelUnavailableError(Exception):
     """Why there is no kernel of our own; never leaves this file."""
 
 
+class Tape(Protocol):
+    """Is told of the kernel's computations (`recording.py`)."""
+
+    def note(
+        self, kind: str, tensors: tuple[torch.Tensor | None, ...], sizes: tuple[int, ...] = (), value: float = 0.0
+    ) -> None:
+        """What was read and written, in the order in which the method named `kind` takes and gives it."""
+        ...
+
+
 class Product:
     """`x @ weight.T + bias` for 16-bit CPU tensors, summed in float32 and rounded once.
 
@@ -49,9 +66,12 @@ class Product:
     its plain order, so that nothing is packed and other modules may hold it too.
     """
 
-    def __init__(self, library: ctypes.CDLL, parallel: int) -> None:
-        """`parallel` is the address of `GOMP_parallel` in the OpenMP runtime that torch computes with."""
+    def __init__(self, library: ctypes.CDLL, parallel: int, barrier: int) -> None:
+        """The addresses of `GOMP_parallel` and `GOMP_barrier` in the OpenMP runtime that torch computes with."""
+        self.tape: Tape | None = None
+        """Who is told what is computed, of any thread."""
         self._parallel = parallel
+        self._barrier = barrier
         self._multiply: Any = library.shardwright_multiply
         long, pointer = ctypes.c_long, ctypes.c_void_p
         self._multiply.argtypes = [
@@ -65,6 +85,13 @@ class Product:
         ]
         self._rotate: Any = library.shardwright_rotate
         self._rotate.argtypes = [*([pointer] * 6), *([long] * 14), ctypes.c_int, long, pointer]
+        self._activate: Any = library.shardwright_activate
+        self._activate.argtypes = [pointer, pointer, long, long, ctypes.c_int, ctypes.c_int, long, pointer]
+        self._layer: Any = library.shardwright_layer
+        self._layer.argtypes = [pointer, long, pointer, long, ctypes.c_int, long, pointer, pointer]
+        self._wide_bytes: Any = library.shardwright_wide_bytes
+        self._wide_bytes.argtypes = [long, ctypes.c_int]
+        self._wide_bytes.restype = long
         self._norm: Any = library.shardwright_rms_norm
         self._norm.argtypes = [
             *(pointer, pointer, pointer),
@@ -105,15 +132,20 @@ class Product:
             raise MemoryError(f"no memory for {rows} rows of {k} values in float32")
         if status:
             raise ValueError(f"the kernel does not know {weight.dtype} on this CPU")
+        if self.tape is not None:
+            self.tape.note("linear", (x, weight, bias, y), (stride, n, k))
         return y
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, form: int) -> torch.Tensor:
         """[..., size], [size] -> [..., size], of one dtype and on the CPU; `weight` is contiguous.
 
-        `form` is one of `FORMS`.
+        `form` is one of `FORMS`. The result lies as `x` does where that is dense: heads may stand in front of tokens.
         A row's result is the same whatever rows it comes with.
         """
-        x = x.contiguous()
+        if not x.is_contiguous():
+            if x.dim() == len(("batch", "heads", "rows", "size")) and x.transpose(1, 2).is_contiguous():
+                return self.rms_norm(x.transpose(1, 2), weight, epsilon, form).transpose(1, 2)
+            x = x.contiguous()
         y = torch.empty_like(x)
         size = weight.numel()
         rows = x.numel() // size if size else 0
@@ -131,7 +163,50 @@ class Product:
         )
         if status:
             raise ValueError(f"the kernel does not know {weight.dtype} on this CPU")
+        if self.tape is not None:
+            self.tape.note("rms_norm", (x, weight, y), (size, form), epsilon)
         return y
+
+    def activate(self, x: torch.Tensor, form: int) -> torch.Tensor:
+        """Apply an activation function, one of `ACTIVATIONS`, to a CPU tensor of a kind that the kernel knows."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        rows = x.numel() // width if width else 0
+        status = self._activate(
+            x.data_ptr(),
+            y.data_ptr(),
+            rows,
+            width,
+            form,
+            _KINDS[x.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status:
+            raise ValueError(f"the kernel does not know {x.dtype} on this CPU")
+        if self.tape is not None:
+            self.tape.note("activate", (x, y), (width, form))
+        return y
+
+    def layer(self, records: int, count: int, bases: ctypes.Array[Any], rows: int, dtype: torch.dtype) -> None:
+        """Compute a recorded layer for so many rows, each of a sequence with one new token.
+
+        `records` is the address of `count` operations as `layer.cpp` reads them, `bases` holds the addresses behind
+        which their operands lie.
+        """
+        status = self._layer(
+            records, count, bases, rows, _KINDS[dtype], torch.get_num_threads(), self._parallel, self._barrier
+        )
+        if status == 1:
+            raise MemoryError(f"no memory to attend {rows} sequences")
+        if status:
+            raise ValueError(f"the kernel does not know an operation of this layer in {dtype}")
+
+    def wide_bytes(self, k: int, dtype: torch.dtype) -> int:
+        """Bytes of a row of k values as `layer.cpp` multiplies it; 0 for a dtype that the kernel does not know."""
+        num_bytes: int = self._wide_bytes(k, _KINDS[dtype]) if dtype in _KINDS else 0
+        return num_bytes
 
     def rotate(
         self, queries: torch.Tensor, keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
@@ -165,6 +240,8 @@ class Product:
         )
         if status:
             raise ValueError(f"the kernel does not know {queries.dtype} on this CPU")
+        if self.tape is not None:
+            self.tape.note("rotate", (queries, keys, cosines, sines, *turned))
         return turned
 
     def attend(
@@ -211,6 +288,8 @@ class Product:
             raise MemoryError(f"no memory to attend {num_sequences} sequences")
         if status:
             raise ValueError(f"the kernel does not attend heads of {key_dim} and {values.shape[2]} in {keys.dtype}")
+        if self.tape is not None:
+            self.tape.note("attend", (query, keys, values, table, out), (num_sequences, block_size), scaling)
 
     def can_attend(self, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
         """Whether the kernel attends such heads on this CPU, and computes what it should: a small case is tried."""
@@ -262,18 +341,18 @@ def find_product(folder: Path) -> Product | None:
     Building takes some seconds. Any number of processes may ask at once: one builds, the others wait for it.
     """
     try:
-        return Product(ctypes.CDLL(str(_built(folder))), _parallel_address())
+        return Product(ctypes.CDLL(str(_built(folder))), _openmp("GOMP_parallel"), _openmp("GOMP_barrier"))
     except (KernelUnavailableError, OSError, AttributeError) as exc:
         log.warning("linear layers stay with torch's own products: %s", exc)
         return None
 
 
-def _parallel_address() -> int:
-    """Where torch's OpenMP runtime takes parallel work; torch loads it for the whole process."""
+def _openmp(name: str) -> int:
+    """Where torch's OpenMP runtime takes parallel work, or its threads wait; torch loads it for the whole process."""
     try:
-        entry = ctypes.CDLL(None).GOMP_parallel
+        entry = getattr(ctypes.CDLL(None), name)
     except AttributeError as exc:
-        raise KernelUnavailableError("torch's OpenMP runtime has no GOMP_parallel") from exc
+        raise KernelUnavailableError(f"torch's OpenMP runtime has no {name}") from exc
     address: int | None = ctypes.cast(entry, ctypes.c_void_p).value
     assert address is not None
     return address
@@ -284,7 +363,7 @@ def _library(folder: Path) -> tuple[Path, list[str], bytes]:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelUnavailableError(f"no C++ compiler is installed (looked for {', '.join(COMPILERS)})")
-    source = resources.files("shardwright.model").joinpath("product.cpp").read_bytes()
+    source = b"".join(resources.files("shardwright.model").joinpath(name).read_bytes() for name in _SOURCES)
     native = "-mcpu=native" if platform.machine() in {"aarch64", "arm64"} else "-march=native"
     command = [compiler, *FLAGS, native]
     parts = (source, " ".join(command).encode(), _compiler_version(compiler), cpu_identity())

@@ -7,7 +7,7 @@ the stage's KV blocks (`attention.py`). It has no thread and no lock: whoever ca
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +27,11 @@ from shardwright.model.layer_progress import LayerProgress, layer_progress
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.norm import swap_norm
 from shardwright.model.offload import OffloadCounts, OffloadedLayers, OffloadPlan
-from shardwright.model.probe import AttentionFacts, KeyPath
+from shardwright.model.probe import AttentionFacts, KeyPath, OutputShape
 from shardwright.model.product import Product
 from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
+from shardwright.model.recording import LayerRecorder, swap_activations
 from shardwright.model.rotary import swap_rotary
 from shardwright.model.sampler_state import SamplerStates, SequenceState
 from shardwright.model.sampling import sample, score, select_rows
@@ -146,6 +147,7 @@ def build_stage(
             ranks=ranks,
             lead=lead,
             kernel=linears.kernel,
+            product_rows=linears.product_rows,
         )
     except BaseException:
         if offloading is not None:
@@ -233,6 +235,7 @@ class Stage:
         ranks: RankPlan | None = None,
         lead: Lead | None = None,
         kernel: Product | None = None,
+        product_rows: int = 0,
     ) -> None:
         self.layers = layers
         self.is_first = is_first
@@ -272,10 +275,14 @@ class Stage:
                     swap_rotary(module, kernel)
                 self._caches.append(cache)
                 self._windows[attention.window] = None
+            if kernel is not None:
+                swap_activations(layer, kernel, dtype)
         self._kernel = _if_fit(kernel, attentions, dtype)
         self.progress = layer_progress(device)
         """The layers that the device has finished; None where that needs no telling."""
         self._hook_layers()
+        if offloaded is None and ranks is None and product_rows:
+            self._record_layers(product_rows)
 
     @property
     def weight_bytes(self) -> int:
@@ -320,11 +327,27 @@ class Stage:
         """
         self._check(step)
         wanted = self._wanted(step)
-        self._inbox = self._received(tensors, step.num_tokens)
+        received = self._received(tensors, step.num_tokens)
+        with self._in_step(step.slices, received, wanted.rows) as batch, self._lead(step, tensors, self.progress):
+            try:
+                output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            except StageEnd as end:
+                return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
+        logits = output.logits[0]
+        return StageOutput(
+            tensors={}, tokens=_sample(logits, wanted), prompt_scores=_score(logits, wanted) if wanted.scored else ()
+        )
+
+    @contextlib.contextmanager
+    def _in_step(
+        self, slices: Sequence[SequenceSlice], received: Mapping[str, torch.Tensor], logit_rows: Sequence[int]
+    ) -> Iterator[StepBatch]:
+        """Let the layers find a step's batch and what came with it."""
+        self._inbox = received
         self._cell.batch = batch = StepBatch(
-            step.slices,
+            slices,
             windows=self._windows,
-            logit_rows=wanted.rows,
+            logit_rows=logit_rows,
             block_size=self._block_size,
             dtype=self._dtype,
             device=self._device,
@@ -332,18 +355,56 @@ class Stage:
         )
         self._logit_rows = batch.logit_rows
         try:
-            with self._lead(step, tensors, self.progress):
-                try:
-                    output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-                except StageEnd as end:
-                    return StageOutput(tensors={} if self.is_last else self._sent(end.hidden), tokens=())
+            yield batch
         finally:
             self._cell.batch = None
             self._inbox, self._captured = {}, {}
-        logits = output.logits[0]
-        return StageOutput(
-            tensors={}, tokens=_sample(logits, wanted), prompt_scores=_score(logits, wanted) if wanted.scored else ()
-        )
+
+    @torch.inference_mode()
+    def _record_layers(self, product_rows: int) -> None:
+        """Have decode steps computed layer by layer in one call, where that can be (`recording.py`).
+
+        Some steps of random tokens overwrite the first K and V.
+        """
+        if self._kernel is None:
+            return
+        recorder = LayerRecorder(self._kernel, self._dtype, cell=self._cell, max_rows=product_rows)
+        if self._num_blocks * self._block_size < max(recorder.rows):
+            return
+        layers = [self._model.get_submodule(f"{self._plan.layers}.{i}") for i in range(self.layers.start, self.layers.end)]
+        hooks = [layer.register_forward_pre_hook(recorder.hook, with_kwargs=True) for layer in layers]
+        try:
+            for rows in recorder.rows:
+                self._compute_nonsense(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        recorder.finish()
+
+    def _compute_nonsense(self, rows: int) -> None:
+        """One step of random tokens, each of a sequence that goes on behind those before it."""
+        generator = torch.Generator().manual_seed(rows)
+        tokens = torch.randint(self._vocabulary, (rows,), generator=generator).tolist()
+        slices = [
+            SequenceSlice(
+                seq_id=row,
+                token_ids=(token,),
+                start_position=row,
+                block_table=tuple(range(row // self._block_size + 1)),
+                sampling=None,
+            )
+            for row, token in enumerate(tokens)
+        ]
+        received = {
+            name: shape.unpack(torch.randn((rows, shape.size_per_token), generator=generator).to(self._dtype))
+            for name, shape in self._arriving_shapes().items()
+        }
+        with self._in_step(slices, received, ()) as batch, contextlib.suppress(StageEnd):
+            self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+
+    def _arriving_shapes(self) -> dict[str, OutputShape]:
+        shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
+        return shapes | {name: self._plan.probed.carried[name].shape for name in self._arriving}
 
     def _check(self, step: StepInput) -> None:
         """Refuse token ids and blocks that don't exist: on a GPU they would end the process, on a CPU the step."""
@@ -387,8 +448,7 @@ class Stage:
 
     def _received(self, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
         """The previous stage's tensors on this stage's device, in the shapes that the layers take."""
-        shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
-        shapes |= {name: self._plan.probed.carried[name].shape for name in self._arriving}
+        shapes = self._arriving_shapes()
         if tensors.keys() != shapes.keys():
             raise FrameError(f"the stage of layers {self.layers} takes {sorted(shapes)}, but got {sorted(tensors)}")
         for name, shape in shapes.items():
