@@ -142,3 +142,12 @@ def test_norms_in_another_dtype_without_a_kernel_or_not_of_a_family_are_left(pro
     )
     for name in plain:
         assert not swap_norm(plain, name, Linears(dtype=torch.bfloat16, kernel=product))
+
+
+def test_a_norm_of_heads_in_front_of_tokens_lies_as_they_lie(product, dtype):
+    """As gemma3 has them; nothing is copied for it."""
+    rows = torch.randn((1, 5, 3, 16), generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.randn(16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    given = product.rms_norm(rows.transpose(1, 2), weight, 1e-6, 0)
+    assert given.stride() == rows.transpose(1, 2).stride()
+    assert torch.equal(given.transpose(1, 2), product.rms_norm(rows, weight, 1e-6, 0))

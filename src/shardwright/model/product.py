@@ -1,8 +1,8 @@
-"""What 16-bit stages compute most on a CPU, by a kernel of our own (`product.cpp`, `layer.cpp`), compiled where it is used.
+"""What 16-bit stages compute most on a CPU, by a kernel of our own that is compiled where it is used.
 
-Products with weights, norms, rotary embedding, activation functions, the attention of decodes, and whole layers. Knows a compiler and a folder; nothing of
-models. Where there is no compiler, or anything else is in the way, there is no kernel, and whoever asked goes on with
-torch's products.
+Products with weights, norms, rotary embedding, activation functions and the attention of decodes (`product.cpp`), and
+whole layers of them (`layer.cpp`). Knows a compiler and a folder; nothing of models. Where there is no compiler, or
+anything else is in the way, there is no kernel, and whoever asked goes on with torch's products.
 """
 
 from __future__ import annotations

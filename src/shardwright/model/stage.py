@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ConfigError, FrameError
+from shardwright.model.activation import swap_activations
 from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
 from shardwright.model.devices import check_dtype, resolve_device, to_device
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
@@ -31,7 +32,7 @@ from shardwright.model.probe import AttentionFacts, KeyPath, OutputShape
 from shardwright.model.product import Product
 from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
-from shardwright.model.recording import LayerRecorder, swap_activations
+from shardwright.model.recording import LayerRecorder
 from shardwright.model.rotary import swap_rotary
 from shardwright.model.sampler_state import SamplerStates, SequenceState
 from shardwright.model.sampling import sample, score, select_rows
@@ -371,7 +372,8 @@ class Stage:
         recorder = LayerRecorder(self._kernel, self._dtype, cell=self._cell, max_rows=product_rows)
         if self._num_blocks * self._block_size < max(recorder.rows):
             return
-        layers = [self._model.get_submodule(f"{self._plan.layers}.{i}") for i in range(self.layers.start, self.layers.end)]
+        names = (f"{self._plan.layers}.{index}" for index in range(self.layers.start, self.layers.end))
+        layers = [self._model.get_submodule(name) for name in names]
         hooks = [layer.register_forward_pre_hook(recorder.hook, with_kwargs=True) for layer in layers]
         try:
             for rows in recorder.rows:

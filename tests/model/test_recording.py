@@ -1,0 +1,224 @@
+"""Whole layers are computed in one call only where that gives the bits that their modules give."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import split_models as lab
+import torch
+from tiny_models import prompt_of, save_whole
+
+from shardwright.model import recording
+from shardwright.model import stage as stage_module
+from shardwright.model.layer_plan import MAX_ROWS
+from shardwright.model.linear import Linears
+from shardwright.model.product import Product
+from shardwright.model.recording import LayerRecorder, Recorder
+from shardwright.types import SequenceSlice, StepInput
+
+RECORDED = ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "granite")
+LEFT = {"gemma2": "caps", "phi3": "another rotary embedding", "olmo2": "the same in float32", "mixtral": "experts"}
+
+
+@pytest.fixture
+def build(product, dtype, monkeypatch, tmp_path):
+    """Makes a family's model in two stages with our own products, whichever this machine would choose."""
+    own = Linears(dtype=dtype, product=product, product_rows=sys.maxsize, kernel=product)
+    monkeypatch.setattr(stage_module, "choose_linears", lambda *_: own)
+
+    @functools.cache
+    def whole_of(family):
+        (tmp_path / family).mkdir()
+        return save_whole(family, tmp_path / family, dtype=dtype, head_dim=32)
+
+    def make(family, *, records=True, num_blocks=64):
+        whole = whole_of(family)
+        with monkeypatch.context() as patched:
+            if not records:
+                patched.setattr(LayerRecorder, "finish", lambda _: 0)
+            split = lab.SplitModel(whole.folder, 2, dtype=str(dtype).removeprefix("torch."), num_blocks=num_blocks)
+        return whole, split
+
+    return make
+
+
+@pytest.fixture
+def layers_computed(monkeypatch):
+    """How many rows each layer had that was computed in one call."""
+    rows: list[int] = []
+    compute = Product.layer
+
+    def layer(self, *args):
+        _, _, _, num_rows, _ = args
+        rows.append(num_rows)
+        compute(self, *args)
+
+    monkeypatch.setattr(Product, "layer", layer)
+    return rows
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def layers_of(split):
+    return [
+        stage._model.get_submodule(f"{stage._plan.layers}.{index}")
+        for stage in split.stages
+        for index in range(stage.layers.start, stage.layers.end)
+    ]
+
+
+def num_recorded(split):
+    return sum(hasattr(layer, "shardwright_recorded") for layer in layers_of(split))
+
+
+def step_of(contexts, *, block_size=4):
+    """One new token behind each of so many, in blocks of their own and in an order of their own."""
+    slices, used = [], 0
+    for index, length in enumerate(contexts):
+        count = length // block_size + 1
+        table = tuple(reversed(range(used, used + count)))
+        used += count
+        token = (7 * index + length) % 90 + 1
+        slices.append(
+            SequenceSlice(
+                seq_id=index, start_position=length, token_ids=(token,), block_table=table, sampling=lab.GREEDY
+            )
+        )
+    return slices, used
+
+
+def outputs_of(split, slices):
+    """What each stage gives to a step, all K and V being the same noise before it."""
+    outputs, tensors = [], {}
+    for stage in split.stages:
+        for number, cache in enumerate(stage._caches):
+            noise = torch.randn(cache.keys.shape, generator=torch.Generator().manual_seed(number))
+            cache.keys.copy_(noise)
+            cache.values.copy_(noise.flip(0))
+        output = stage.forward(StepInput(epoch=1, step=1, slices=tuple(slices)), tensors)
+        tensors = output.tensors
+        outputs.append((output, [(cache.keys.clone(), cache.values.clone()) for cache in stage._caches]))
+    return outputs
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_every_layer_of_these_families_is_recorded(build, family):
+    _, split = build(family)
+    assert num_recorded(split) == len(layers_of(split))
+
+
+@pytest.mark.parametrize("family", LEFT)
+def test_a_family_that_asks_for_something_else_runs_through_its_modules(build, family, layers_computed):
+    whole, split = build(family)
+    assert num_recorded(split) == 0, LEFT[family]
+    assert lab.are_within_rounding(whole.model, lab.RAGGED, lab.serve(split, lab.RAGGED))
+    assert not layers_computed
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_a_step_gives_the_bits_that_the_modules_give(build, family, layers_computed):
+    """Any number of sequences, with contexts that are attended in one piece and in several."""
+    steps = [
+        step_of(contexts) for contexts in ((0,), (2,), (5, 1, 30), (8, 300, 2, 511, 7, 260, 0, 15, 16), (9,) * MAX_ROWS)
+    ]
+    num_blocks = max(used for _, used in steps)
+    _, plain = build(family, records=False, num_blocks=num_blocks)
+    _, split = build(family, num_blocks=num_blocks)
+    layers_computed.clear()
+    for number, (slices, _) in enumerate(steps):
+        with threads(1 + number % 2):
+            expected, given = outputs_of(plain, slices), outputs_of(split, slices)
+            for (mine, my_caches), (its, its_caches) in zip(given, expected, strict=True):
+                assert mine.tokens == its.tokens
+                assert mine.tensors.keys() == its.tensors.keys()
+                assert all(torch.equal(mine.tensors[name], its.tensors[name]) for name in its.tensors)
+                for my_cache, its_cache in zip(my_caches, its_caches, strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(my_cache, its_cache, strict=True))
+    assert layers_computed == [len(slices) for slices, _ in steps for _ in layers_of(split)]
+
+
+def test_what_a_layer_computes_for_a_row_does_not_depend_on_the_others(build):
+    slices, used = step_of((40, 3, 300, 17, 8))
+    _, split = build("llama", num_blocks=used)
+    together = [output.tensors["hidden"] for output, _ in outputs_of(split, slices)[:-1]]
+    for row, part in enumerate(slices):
+        alone = [output.tensors["hidden"] for output, _ in outputs_of(split, [part])[:-1]]
+        for mine, all_of_them in zip(alone, together, strict=True):
+            assert torch.equal(mine[0], all_of_them[row])
+
+
+def test_answers_are_the_same_with_and_without_recordings(build, layers_computed):
+    """Ragged batches that join and leave, with prompts beside decodes."""
+    whole, split = build("qwen3")
+    _, plain = build("qwen3", records=False)
+    layers_computed.clear()
+    answers = lab.serve(split, lab.RAGGED)
+    assert layers_computed
+    layers_computed.clear()
+    assert lab.serve(plain, lab.RAGGED) == answers
+    assert not layers_computed
+    assert lab.are_within_rounding(whole.model, lab.RAGGED, answers)
+
+
+def test_steps_with_prompts_or_very_many_sequences_run_through_the_modules(build, layers_computed):
+    many, used = step_of((3,) * (MAX_ROWS + 1))
+    _, split = build("llama", num_blocks=used)
+    layers_computed.clear()
+    outputs_of(split, many)
+    table = tuple(range(4))
+    prompt = SequenceSlice(
+        seq_id=1, start_position=0, token_ids=tuple(prompt_of(9, 1)), block_table=table, sampling=lab.GREEDY
+    )
+    outputs_of(split, [prompt])
+    outputs_of(split, [*step_of((5,))[0], prompt])
+    assert not layers_computed
+
+
+def test_a_recording_that_gives_another_bit_is_not_used(build, monkeypatch):
+    compute = recording.RecordedLayer.__call__
+
+    def wrong(self, *args):
+        result = compute(self, *args)
+        result[0, -1, -1] += 1
+        return result
+
+    monkeypatch.setattr(recording.RecordedLayer, "__call__", wrong)
+    _, split = build("llama")
+    assert num_recorded(split) == 0
+
+
+def test_layers_do_not_live_longer_for_their_recordings(build):
+    _, split = build("llama")
+    layers = [weakref.ref(layer) for layer in layers_of(split)]
+    for stage in split.stages:
+        stage.close()
+    assert [layer() for layer in layers] == [None] * len(layers)
+
+
+def test_what_another_thread_computes_is_not_noted(product, dtype):
+    recorder = Recorder()
+    x, weight = torch.ones((1, 32), dtype=dtype), torch.ones((3, 32), dtype=dtype)
+    product.tape = recorder
+    try:
+        other = threading.Thread(target=product.linear, args=(x, weight, None))
+        other.start()
+        other.join()
+        assert not recorder.notes
+        product.linear(x, weight, None)
+        assert [note.kind for note in recorder.notes] == ["linear"]
+    finally:
+        product.tape = None
