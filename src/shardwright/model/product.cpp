@@ -696,6 +696,7 @@ struct Attention {
 
 enum : long {
     TABLE_FIELDS = 4,
+    KEYS_AHEAD = 32,      // so many positions ahead, keys are fetched from memory
     CHUNK = 256,          // positions that one thread attends to at a time; part of the order of summation
     MAX_KEY_DIM = 1024,   // one piece of a product
 };
@@ -736,6 +737,14 @@ INLINE void weigh(float *scores, long count, float scaling, float &maximum, floa
     sum = add_lanes(sums);
 }
 
+// Rows of K or V lie so far apart that a CPU does not fetch them by itself: those of the values come while keys are
+// multiplied, and those of later keys too.
+template <int COUNT>
+INLINE void fetch_rows(const uint16_t *const *rows, long begin, long end, long size) {
+    for (long j = begin; j < begin + COUNT && j < end; j++)
+        for (long k = 0; k < size; k += LINE) __builtin_prefetch(rows[j] + k, 0, 2);
+}
+
 // One chunk of one sequence for MR query heads that share a KV head.
 template <class Kind, int MR>
 static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *const *keys,
@@ -750,9 +759,13 @@ static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *
     job.wide_stride = (a.key_dim + LINE - 1) / LINE * LINE;
     job.w_stride = a.kv_heads * a.key_dim;
     for (long m = 0; m < MR; m++) widen_row<Kind>(job, m);
-    enum { NR = 2 };  // blocks have an even number of slots, or the last is taken alone
+    enum { NR = 4 };  // keys at a time, where they follow each other; what a sum is does not depend on it
     for (long j = 0; j < count;) {
-        if (j + NR <= count && keys[j + 1] == keys[j] + job.w_stride) {
+        fetch_rows<NR>(keys, j + KEYS_AHEAD, count, a.key_dim);
+        fetch_rows<NR>(values, j, count, a.value_dim);
+        bool follow = j + NR <= count;
+        for (long r = 1; follow && r < NR; r++) follow = keys[j + r] == keys[j] + r * job.w_stride;
+        if (follow) {
             float sums[MR][NR] = {};
             multiply_piece<Kind, 0>(job, keys[j], wide, 0, nullptr, sums);
             for (int m = 0; m < MR; m++)
