@@ -8,7 +8,7 @@ import torch
 from tiny_models import prompt_of, save_whole
 
 from shardwright.model import stage as stage_module
-from shardwright.model.attention import AttentionCall, BatchCell, PagedLayer, StepBatch
+from shardwright.model.attention import MAX_KERNEL_PROMPT_TOKENS, AttentionCall, BatchCell, PagedLayer, StepBatch
 from shardwright.model.kv_cache import KvShape, make_layer_cache
 from shardwright.model.linear import Linears
 from shardwright.types import SequenceSlice
@@ -81,7 +81,7 @@ class Decodes:
         out = torch.full((len(which), q.shape[1], self.cache.values.shape[2]), 7.0, dtype=self.dtype)
         product.attend(
             q, self.cache.keys, self.cache.values, torch.tensor(table), out,
-            num_sequences=len(which), block_size=BLOCK_SIZE, scaling=scaling,
+            num_rows=len(which), block_size=BLOCK_SIZE, scaling=scaling,
         )  # fmt: skip
         return out
 
@@ -148,12 +148,13 @@ def test_shapes_that_the_kernel_does_not_know_are_refused(product):
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_a_step_of_prompts_and_decodes_is_what_it_is_without_the_kernel(product, dtype, window):
-    """Each row goes to its place, in whatever order they come."""
+@pytest.mark.parametrize("prompt", [5, 18, MAX_KERNEL_PROMPT_TOKENS])
+def test_a_step_of_prompts_and_decodes_is_what_it_is_without_the_kernel(product, dtype, window, prompt):
+    """Each row goes to its place, in whatever order they come, be it that torch attends the prompts or the kernel."""
     shape = KvShape(heads=2, key_dim=32, value_dim=32)
     generator = torch.Generator().manual_seed(1)
-    tables = ((3, 4), (9, 1, 5), (7,), (0, 2, 11))
-    spans = [(17, 18), (30, 35), (0, 6), (40, 41)]
+    tables = ((3, 4), (9, 1, 5, 8, 6), (7,), (0, 2, 11))
+    spans = [(17, 18), (30, 30 + prompt), (0, 6), (40, 41)]
     slices = [
         SequenceSlice(seq_id=n, start_position=start, token_ids=(1,) * (end - start), block_table=table, sampling=None)
         for n, ((start, end), table) in enumerate(zip(spans, tables, strict=True))
@@ -168,6 +169,7 @@ def test_a_step_of_prompts_and_decodes_is_what_it_is_without_the_kernel(product,
         cache.keys.copy_(filled)
         cache.values.copy_(filled.flip(0))
         cell.batch = StepBatch(slices, windows=[window], block_size=BLOCK_SIZE, dtype=dtype, device=CPU, kernel=kernel)
+        assert cell.batch.is_for_kernel == (kernel is not None and prompt + 6 <= MAX_KERNEL_PROMPT_TOKENS)
         results.append(PagedLayer(cache, cell, window).attend(q, k, v, None, CALL))
     assert results[0].shape == results[1].shape == (1, num_tokens, 4, 32)
     torch.testing.assert_close(*results, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)

@@ -16,6 +16,7 @@ from tiny_models import prompt_of, save_whole
 
 from shardwright.model import recording
 from shardwright.model import stage as stage_module
+from shardwright.model.attention import MAX_KERNEL_PROMPT_TOKENS
 from shardwright.model.layer_plan import MAX_ROWS
 from shardwright.model.linear import Linears
 from shardwright.model.product import Product
@@ -174,15 +175,39 @@ def test_answers_are_the_same_with_and_without_recordings(build, layers_computed
     assert lab.are_within_rounding(whole.model, lab.RAGGED, answers)
 
 
-def test_steps_with_prompts_or_very_many_sequences_run_through_the_modules(build, layers_computed):
+def prompt_behind(start, length, seq_id, tables):
+    tokens = tuple(prompt_of(length, seq_id))
+    return SequenceSlice(seq_id=seq_id, start_position=start, token_ids=tokens, block_table=tables, sampling=lab.GREEDY)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+def test_a_step_with_few_tokens_of_prompts_gives_the_bits_that_the_modules_give(build, family, layers_computed):
+    """Two prompts, of which one goes on behind what is there, between two decodes."""
+    decodes, used = step_of((9, 31))
+    tables = [tuple(range(used + 16 * index, used + 16 * index + 16)) for index in range(2)]
+    slices = [
+        decodes[0],
+        prompt_behind(0, 12, 2, tables[0]),
+        prompt_behind(41, MAX_KERNEL_PROMPT_TOKENS - 12, 3, tables[1]),
+        decodes[1],
+    ]
+    _, plain = build(family, records=False, num_blocks=used + 32)
+    _, split = build(family, num_blocks=used + 32)
+    layers_computed.clear()
+    for (mine, my_caches), (its, its_caches) in zip(outputs_of(split, slices), outputs_of(plain, slices), strict=True):
+        assert mine.tokens == its.tokens
+        assert all(torch.equal(mine.tensors[name], its.tensors[name]) for name in its.tensors)
+        for my_cache, its_cache in zip(my_caches, its_caches, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(my_cache, its_cache, strict=True))
+    assert layers_computed == [MAX_KERNEL_PROMPT_TOKENS + 2] * len(layers_of(split))
+
+
+def test_steps_with_long_prompts_or_very_many_sequences_run_through_the_modules(build, layers_computed):
     many, used = step_of((3,) * (MAX_ROWS + 1))
     _, split = build("llama", num_blocks=used)
     layers_computed.clear()
     outputs_of(split, many)
-    table = tuple(range(4))
-    prompt = SequenceSlice(
-        seq_id=1, start_position=0, token_ids=tuple(prompt_of(9, 1)), block_table=table, sampling=lab.GREEDY
-    )
+    prompt = prompt_behind(0, MAX_KERNEL_PROMPT_TOKENS + 1, 1, tuple(range(9)))
     outputs_of(split, [prompt])
     outputs_of(split, [*step_of((5,))[0], prompt])
     assert not layers_computed

@@ -25,6 +25,10 @@ ATTENTION_NAME = "shardwright_paged"
 PORT_ATTRIBUTE = "shardwright_port"
 _SHORT_CONTEXT = 128  # positions
 
+MAX_KERNEL_PROMPT_TOKENS = 32
+"""Up to so many tokens of prompts in a step are attended as decodes are, each by itself. That reads K and V anew for
+each, which costs less than going through torch for every sequence and layer; with more, torch's kernels are faster."""
+
 _MEANINGLESS = frozenset(
     {
         "dropout",  # never while serving
@@ -123,10 +127,10 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Decodes:
-    """Sequences of a step with one new token each, for our own kernel, as seen through one window."""
+class KernelRows:
+    """Rows of a step that our own kernel attends, each by itself, as seen through one window."""
 
-    num_sequences: int
+    num_rows: int
     table: torch.Tensor  # as `Product.attend` reads it
 
 
@@ -159,7 +163,7 @@ class StepBatch:
     on a GPU the host must not wait between layers.
 
     With a `kernel` (`product.py`), sequences with one new token are in none of the groups: it attends them where their
-    blocks lie.
+    blocks lie. In a step with few tokens of prompts, neither are these.
     """
 
     def __init__(
@@ -175,6 +179,9 @@ class StepBatch:
     ) -> None:
         self.kernel = kernel
         self.num_tokens = sum(s.num_tokens for s in slices)
+        prompt_tokens = sum(s.num_tokens for s in slices if s.num_tokens > 1)
+        self.is_for_kernel = kernel is not None and prompt_tokens <= MAX_KERNEL_PROMPT_TOKENS
+        """Whether the kernel attends all rows."""
         self._slices = slices
         self._block_size = block_size
         self._dtype = dtype
@@ -190,52 +197,53 @@ class StepBatch:
                 slots.append(part.block_table[position // block_size] * block_size + position % block_size)
         places = [self._integers.place(values) for values in (ids, positions, slots, logit_rows)]
         drafts = {window: self._draft_groups(window) for window in windows}
-        tables = {} if kernel is None else {window: self._place_decodes(window) for window in drafts}
+        tables = {} if kernel is None else {window: self._place_rows(window) for window in drafts}
         integers = self._integers.copy_to(device)
         self.input_ids, self.position_ids = integers[places[0]][None], integers[places[1]][None]
         self.slots = integers[places[2]]
         self.logit_rows = integers[places[3]] if logit_rows else None
         self._groups = {window: [finish(integers) for finish in some] for window, some in drafts.items()}
-        self._decodes = {window: Decodes(count, integers[place]) for window, (count, place) in tables.items() if count}
-
-    @property
-    def is_for_kernel(self) -> bool:
-        """Whether every sequence has one new token and the kernel attends it: the rows are the sequences."""
-        return self.kernel is not None and len(self._slices) == self.num_tokens
+        self._rows = {window: KernelRows(count, integers[place]) for window, (count, place) in tables.items() if count}
 
     def groups(self, window: int | None) -> list[_Group]:
-        """The step's sequences as seen through `window`; with `decodes` they hold every row once."""
+        """The step's sequences as seen through `window`; with `kernel_rows` they hold every row once."""
         return self._groups[window]
 
-    def decodes(self, window: int | None) -> Decodes | None:
+    def kernel_rows(self, window: int | None) -> KernelRows | None:
         """Those that the kernel attends; None if there are none."""
-        return self._decodes.get(window)
+        return self._rows.get(window)
 
-    def _place_decodes(self, window: int | None) -> tuple[int, slice]:
-        """How many sequences have one new token, and where the kernel's table of them will be found."""
-        row = 0
-        decodes: list[tuple[int, SequenceSlice]] = []
-        for part in self._slices:
-            if part.num_tokens == 1:
-                decodes.append((row, part))
-            row += part.num_tokens
+    def _is_kernels(self, part: SequenceSlice) -> bool:
+        return self.is_for_kernel or (self.kernel is not None and part.num_tokens == 1)
+
+    def _place_rows(self, window: int | None) -> tuple[int, slice]:
+        """How many rows the kernel attends, and where its table of them will be found."""
+        attended = [part for part in self._slices if self._is_kernels(part)]
+        count = sum(part.num_tokens for part in attended)
+        place = 4 * count  # of a sequence's blocks, behind all rows
         table: list[int] = []
-        place = 4 * len(decodes)
-        for row, part in decodes:
-            table += (row, self._first_key(part, window), part.context_length, place)
-            place += len(part.block_table)
-        for _, part in decodes:
+        row = 0
+        for part in self._slices:
+            if self._is_kernels(part):
+                for position in range(part.start_position, part.context_length):
+                    first = 0 if window is None else max(0, position - window + 1)
+                    table += (row + position - part.start_position, first, position + 1, place)
+                place += len(part.block_table)
+            row += part.num_tokens
+        for part in attended:
             table += part.block_table
-        return len(decodes), self._integers.place(table)
+        return count, self._integers.place(table)
 
     def _draft_groups(self, window: int | None) -> list[_Draft]:
         groups: list[_Draft] = []
         decodes: list[tuple[int, SequenceSlice]] = []
         row = 0
         for part in self._slices:
-            if part.num_tokens > 1 or (self.kernel is None and self._pays_alone(part)):
+            if self._is_kernels(part):
+                pass  # it is in the kernel's table
+            elif part.num_tokens > 1 or self._pays_alone(part):
                 groups.append(self._single(row, part, window))
-            elif self.kernel is None:  # else it is in the kernel's table
+            else:
                 decodes.append((row, part))
             row += part.num_tokens
         if len(decodes) == 1:
@@ -380,24 +388,24 @@ class PagedLayer:
         cache = self._cache
         cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1))
         cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1))
-        groups, decodes = batch.groups(self._window), batch.decodes(self._window)
-        if len(groups) == 1 and decodes is None:
+        groups, rows = batch.groups(self._window), batch.kernel_rows(self._window)
+        if len(groups) == 1 and rows is None:
             return _attend_group(query[0], cache, groups[0], call)[None]
         out = query.new_empty((batch.num_tokens, query.shape[1], cache.values.shape[-1]))
         for group in groups:
             out[group.rows] = _attend_group(query[0][:, group.rows], cache, group, call)
-        if decodes is not None:
-            assert batch.kernel is not None, "there are decodes for the kernel alone"
+        if rows is not None:
+            assert batch.kernel is not None, "there are rows for the kernel alone"
             assert call.softcap is None, "the stage gives no kernel to a family with caps"
             assert call.sinks is None, "the stage gives no kernel to a family with sinks"
-            rows = query[0].transpose(0, 1)
+            queries = query[0].transpose(0, 1)
             batch.kernel.attend(
-                rows if rows.stride(2) == 1 else rows.contiguous(),
+                queries if queries.stride(2) == 1 else queries.contiguous(),
                 cache.keys,
                 cache.values,
-                decodes.table,
+                rows.table,
                 out,
-                num_sequences=decodes.num_sequences,
+                num_rows=rows.num_rows,
                 block_size=cache.block_size,
                 scaling=call.scaling,
             )

@@ -208,8 +208,7 @@ static void compute_layer(void *data) {
 
 // Nonzero as of `cut_attention`; 3: an operation that is not known.
 template <class Multiplied>
-static int read_operation(Layer &layer, long index, const Record &record, char *const *bases, long sequences,
-                          long threads) {
+static int read_operation(Layer &layer, long index, const Record &record, char *const *bases, long threads) {
     Operation &operation = layer.operations[index];
     operation.kind = record.kind;
     operation.phase = record.phase;
@@ -269,7 +268,7 @@ static int read_operation(Layer &layer, long index, const Record &record, char *
         a.key_dim = size[4];
         a.value_dim = size[5];
         a.block_size = size[6];
-        a.num_sequences = sequences;
+        a.num_rows = layer.rows;
         a.scaling = (float)record.value;
         return cut_attention(a);
     }
@@ -291,7 +290,7 @@ static int compute(Layer &layer, const Record *records, char *const *bases, Para
     int status = 0;
     long read = 0;
     for (; read < layer.count && !status; read++)
-        status = read_operation<Multiplied>(layer, read, records[read], bases, layer.rows, threads);
+        status = read_operation<Multiplied>(layer, read, records[read], bases, threads);
     if (!status) {
         memset(layer.next, 0, sizeof layer.next);
         if (layer.barrier) parallel(compute_layer<Kind, Multiplied>, &layer, (unsigned)threads, 0);
@@ -302,7 +301,7 @@ static int compute(Layer &layer, const Record *records, char *const *bases, Para
     return status;
 }
 
-// One layer for rows that are sequences with one new token each. Nonzero: no memory (1), or what this kernel does not know.
+// One layer for rows that are attended each by itself. Nonzero: no memory (1), or what this kernel does not know.
 extern "C" int shardwright_layer(const void *records, long count, char *const *bases, long rows, int kind, long threads,
                                  Parallel parallel, void (*barrier)()) {
     if (count > MAX_OPERATIONS) return 3;

@@ -173,10 +173,10 @@ class LayerPlan:
 
     def _add_attention(self, note: Note, *tensors: torch.Tensor) -> None:
         query, keys, values, table, out = tensors
-        num_sequences, block_size = note.sizes
+        num_rows, block_size = note.sizes
         places = (self._place(query), self._lasting(keys), self._lasting(values), self._make(out), self._place(table))
         heads, value_dim = out.shape[1:]
-        if num_sequences != RECORDED_ROWS or self._row(out) != heads * value_dim:
+        if num_rows != RECORDED_ROWS or self._row(out) != heads * value_dim:
             raise CannotRecordError("attention of other rows than the step's")
         kv_heads, key_dim = keys.shape[1:]
         sizes = (

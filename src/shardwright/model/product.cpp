@@ -1,5 +1,5 @@
 // What a stage of 16-bit weights computes most on a CPU: products of activations with weights in their plain row-major
-// order, norms, rotary embedding, and attention of sequences with one new token each. Of products:
+// order, norms, rotary embedding, and attention of rows each by itself. Of products:
 //
 // y[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n]), summed in float32, rounded once. (Where the CPU multiplies pairs
 // of bfloat16 by itself, subnormal values count as zero.)
@@ -677,19 +677,19 @@ extern "C" int shardwright_rotate(const void *queries, const void *keys, const v
     return OF_KIND(rotate, BFloat16, rotary, kind, parallel, threads);
 }
 
-// Attention of sequences with one new token each over K and V in blocks: what all threads share.
+// Attention of rows, each by itself, over K and V in blocks: what all threads share.
 struct Attention {
     const uint16_t *q;       // heads of key_dim, q_head apart, in rows that are q_row apart
     const uint16_t *keys;    // [slots][kv_heads][key_dim]
     const uint16_t *values;  // [slots][kv_heads][value_dim]
     uint16_t *y;             // [rows][kv_heads * shared][value_dim]
-    const int64_t *table;    // of each sequence: its row, the first position that it sees, the one after the last, and
-                             // where in `table` its blocks begin, the block of position 0 first
+    const int64_t *table;    // of each row: which it is, the first position that it sees, the one after the last, and
+                             // where in `table` its sequence's blocks begin, that of position 0 first
     float *parts;            // [items][shared][2 + value_dim]: of each chunk the maximum, the sum, and the weighted values
-    const int32_t *chunks;   // [items / kv_heads][2]: sequence and chunk
-    const int32_t *firsts;   // [sequences]: where a sequence's first chunk stands in `chunks`
+    const int32_t *chunks;   // [items / kv_heads][2]: row of the table and chunk
+    const int32_t *firsts;   // [rows]: where a row's first chunk stands in `chunks`
     long q_row, q_head;
-    long kv_heads, shared, key_dim, value_dim, block_size, num_sequences;
+    long kv_heads, shared, key_dim, value_dim, block_size, num_rows;
     float scaling;
     long num_items, next;
 };
@@ -745,7 +745,7 @@ INLINE void fetch_rows(const uint16_t *const *rows, long begin, long end, long s
         for (long k = 0; k < size; k += LINE) __builtin_prefetch(rows[j] + k, 0, 2);
 }
 
-// One chunk of one sequence for MR query heads that share a KV head.
+// One chunk of one row for MR query heads that share a KV head.
 template <class Kind, int MR>
 static void attend_heads(const Attention &a, const uint16_t *q, const uint16_t *const *keys,
                          const uint16_t *const *values, long count, float *part) {
@@ -804,10 +804,10 @@ static void attend_items(void *data) {
     for (long item = take(a); item < a.num_items; item = take(a)) {
         const int32_t *chunk = a.chunks + item / a.kv_heads * 2;
         const long head = item % a.kv_heads;
-        const int64_t *sequence = a.table + chunk[0] * TABLE_FIELDS;
-        const int64_t *blocks = a.table + sequence[3];
-        const long begin = sequence[1] + chunk[1] * CHUNK;
-        const long count = sequence[2] - begin < CHUNK ? sequence[2] - begin : CHUNK;
+        const int64_t *entry = a.table + chunk[0] * TABLE_FIELDS;
+        const int64_t *blocks = a.table + entry[3];
+        const long begin = entry[1] + chunk[1] * CHUNK;
+        const long count = entry[2] - begin < CHUNK ? entry[2] - begin : CHUNK;
         const uint16_t *keys[CHUNK], *values[CHUNK];
         for (long j = 0; j < count; j++) {
             const long position = begin + j;
@@ -815,7 +815,7 @@ static void attend_items(void *data) {
             keys[j] = a.keys + (slot * a.kv_heads + head) * a.key_dim;
             values[j] = a.values + (slot * a.kv_heads + head) * a.value_dim;
         }
-        const uint16_t *q = a.q + sequence[0] * a.q_row + head * a.shared * a.q_head;
+        const uint16_t *q = a.q + entry[0] * a.q_row + head * a.shared * a.q_head;
         float *part = a.parts + item * a.shared * (2 + a.value_dim);
         for (long m = 0; m < a.shared;) {
             const long left = a.shared - m;
@@ -829,13 +829,13 @@ static void attend_items(void *data) {
     }
 }
 
-// Bring the chunks of one sequence and head together, in their order.
+// Bring the chunks of one row and head together, in their order.
 template <class Kind>
 static void join_chunks(const Attention &a, long index, long head) {
     const long stride = 2 + a.value_dim, heads = a.kv_heads * a.shared;
     const long group = head / a.shared, m = head % a.shared;
-    const int64_t *sequence = a.table + index * TABLE_FIELDS;
-    const long num_chunks = (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
+    const int64_t *entry = a.table + index * TABLE_FIELDS;
+    const long num_chunks = (entry[2] - entry[1] + CHUNK - 1) / CHUNK;
     float *first = a.parts + ((a.firsts[index] * a.kv_heads + group) * a.shared + m) * stride;
     const long apart = a.kv_heads * a.shared * stride;
     float maximum = first[0];
@@ -850,7 +850,7 @@ static void join_chunks(const Attention &a, long index, long head) {
         else
             for (long k = 0; k < a.value_dim; k++) first[2 + k] += part[2 + k] * scale;
     }
-    uint16_t *y = a.y + (sequence[0] * heads + head) * a.value_dim;
+    uint16_t *y = a.y + (entry[0] * heads + head) * a.value_dim;
     const float over = 1.0f / sum;
     for (long k = 0; k < a.value_dim; k++)
         y[k] = Kind::from_float(first[2 + k / PAIR * PAIR + Kind::place(k % PAIR)] * over);
@@ -860,7 +860,7 @@ template <class Kind>
 static void join_items(void *data) {
     Attention &a = *(Attention *)data;
     const long heads = a.kv_heads * a.shared;
-    for (long item = take(a); item < a.num_sequences * heads; item = take(a))
+    for (long item = take(a); item < a.num_rows * heads; item = take(a))
         join_chunks<Kind>(a, item / heads, item % heads);
 }
 
@@ -868,22 +868,22 @@ static void join_items(void *data) {
 static int cut_attention(Attention &a) {
     if (a.value_dim % PAIR || a.key_dim > MAX_KEY_DIM) return 2;
     long num_chunks = 0;
-    for (long i = 0; i < a.num_sequences; i++) {
-        const int64_t *sequence = a.table + i * TABLE_FIELDS;
-        num_chunks += (sequence[2] - sequence[1] + CHUNK - 1) / CHUNK;
+    for (long i = 0; i < a.num_rows; i++) {
+        const int64_t *entry = a.table + i * TABLE_FIELDS;
+        num_chunks += (entry[2] - entry[1] + CHUNK - 1) / CHUNK;
     }
     a.num_items = num_chunks * a.kv_heads;
     const long num_floats = a.num_items * a.shared * (2 + a.value_dim);
     void *room;
-    if (posix_memalign(&room, 64, num_floats * sizeof(float) + (2 * num_chunks + a.num_sequences) * sizeof(int32_t)))
+    if (posix_memalign(&room, 64, num_floats * sizeof(float) + (2 * num_chunks + a.num_rows) * sizeof(int32_t)))
         return 1;
     a.parts = (float *)room;
     int32_t *chunks = (int32_t *)(a.parts + num_floats), *firsts = chunks + 2 * num_chunks;
     long at = 0;
-    for (long i = 0; i < a.num_sequences; i++) {
-        const int64_t *sequence = a.table + i * TABLE_FIELDS;
+    for (long i = 0; i < a.num_rows; i++) {
+        const int64_t *entry = a.table + i * TABLE_FIELDS;
         firsts[i] = (int32_t)at;
-        for (long c = 0; c * CHUNK < sequence[2] - sequence[1]; c++, at++) {
+        for (long c = 0; c * CHUNK < entry[2] - entry[1]; c++, at++) {
             chunks[2 * at] = (int32_t)i;
             chunks[2 * at + 1] = (int32_t)c;
         }
@@ -898,20 +898,20 @@ static int attend(Attention &a, Parallel parallel, long threads) {
     const int status = cut_attention(a);
     if (status) return status;
     long num_positions = 0;
-    for (long i = 0; i < a.num_sequences; i++)
+    for (long i = 0; i < a.num_rows; i++)
         num_positions += a.table[i * TABLE_FIELDS + 2] - a.table[i * TABLE_FIELDS + 1];
     // waking a thread takes as long as some thousand products
     const bool is_small = num_positions * a.kv_heads * a.shared * (a.key_dim + a.value_dim) < 131072;
-    const bool is_long = a.num_items > 4 * a.num_sequences * a.kv_heads;  // else there is little to join
+    const bool is_long = a.num_items > 4 * a.num_rows * a.kv_heads;  // else there is little to join
     run(parallel, attend_items<Kind>, a, a.num_items, is_small ? 1 : threads);
-    run(parallel, join_items<Kind>, a, a.num_sequences * a.kv_heads * a.shared, is_small || !is_long ? 1 : threads);
+    run(parallel, join_items<Kind>, a, a.num_rows * a.kv_heads * a.shared, is_small || !is_long ? 1 : threads);
     free(a.parts);
     return 0;
 }
 
 // Nonzero: no memory, or a kind or shape that is not for this kernel.
 extern "C" int shardwright_attend(const void *q, long q_row, long q_head, const void *keys, const void *values, void *y,
-                                  const int64_t *table, long num_sequences, long kv_heads, long shared, long key_dim,
+                                  const int64_t *table, long num_rows, long kv_heads, long shared, long key_dim,
                                   long value_dim, long block_size, float scaling, int kind, long threads,
                                   Parallel parallel) {
     Attention a = {};
@@ -927,7 +927,7 @@ extern "C" int shardwright_attend(const void *q, long q_row, long q_head, const 
     a.key_dim = key_dim;
     a.value_dim = value_dim;
     a.block_size = block_size;
-    a.num_sequences = num_sequences;
+    a.num_rows = num_rows;
     a.scaling = scaling;
     return OF_KIND(attend, BFloat16, a, kind, parallel, threads);
 }

@@ -190,7 +190,7 @@ class Product:
         return y
 
     def layer(self, records: int, count: int, bases: ctypes.Array[Any], rows: int, dtype: torch.dtype) -> None:
-        """Compute a recorded layer for so many rows, each of a sequence with one new token.
+        """Compute a recorded layer for so many rows, all of which the kernel attends.
 
         `records` is the address of `count` operations as `layer.cpp` reads them, `bases` holds the addresses behind
         which their operands lie.
@@ -199,7 +199,7 @@ class Product:
             records, count, bases, rows, _KINDS[dtype], torch.get_num_threads(), self._parallel, self._barrier
         )
         if status == 1:
-            raise MemoryError(f"no memory to attend {rows} sequences")
+            raise MemoryError(f"no memory to attend {rows} rows")
         if status:
             raise ValueError(f"the kernel does not know an operation of this layer in {dtype}")
 
@@ -252,17 +252,17 @@ class Product:
         table: torch.Tensor,
         out: torch.Tensor,
         *,
-        num_sequences: int,
+        num_rows: int,
         block_size: int,
         scaling: float,
     ) -> None:
-        """Attend sequences with one new token each over their blocks of K and V, and write their rows of `out`.
+        """Attend rows, each over the blocks of K and V of its sequence, and write those of `out`.
 
         `query` [rows, heads, key_dim], dense in its last dimension; `keys` [slots, kv_heads, key_dim], `values`
-        [slots, kv_heads, value_dim] and `out` [rows, heads, value_dim], contiguous. `table` is int64: for each sequence
-        its row, the first position that it sees, the one after the last, and where in the table its blocks begin, that
-        of position 0 first; then the blocks. Computes in float32 and rounds once; a row's result is the same whatever
-        rows it comes with. Raises `ValueError` for shapes that `can_attend` refuses.
+        [slots, kv_heads, value_dim] and `out` [rows, heads, value_dim], contiguous. `table` is int64: for each of the
+        `num_rows` which row it is, the first position that it sees, the one after the last, and where in the table its
+        sequence's blocks begin, that of position 0 first; then the blocks. Computes in float32 and rounds once; a
+        row's result is the same whatever rows it comes with. Raises `ValueError` for shapes that `can_attend` refuses.
         """
         _, kv_heads, key_dim = keys.shape
         status = self._attend(
@@ -273,7 +273,7 @@ class Product:
             values.data_ptr(),
             out.data_ptr(),
             table.data_ptr(),
-            num_sequences,
+            num_rows,
             kv_heads,
             query.shape[1] // kv_heads,
             key_dim,
@@ -285,11 +285,11 @@ class Product:
             self._parallel,
         )
         if status == 1:
-            raise MemoryError(f"no memory to attend {num_sequences} sequences")
+            raise MemoryError(f"no memory to attend {num_rows} rows")
         if status:
             raise ValueError(f"the kernel does not attend heads of {key_dim} and {values.shape[2]} in {keys.dtype}")
         if self.tape is not None:
-            self.tape.note("attend", (query, keys, values, table, out), (num_sequences, block_size), scaling)
+            self.tape.note("attend", (query, keys, values, table, out), (num_rows, block_size), scaling)
 
     def can_attend(self, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
         """Whether the kernel attends such heads on this CPU, and computes what it should: a small case is tried."""
@@ -303,7 +303,7 @@ class Product:
         out = torch.empty((1, 2, value_dim), dtype=dtype)
         table = torch.tensor([0, 1, 4, 4, 1, 0], dtype=torch.int64)  # of four slots in two blocks, in turned order
         try:
-            self.attend(query, keys, values, table, out, num_sequences=1, block_size=2, scaling=key_dim**-0.5)
+            self.attend(query, keys, values, table, out, num_rows=1, block_size=2, scaling=key_dim**-0.5)
         except ValueError:
             return False
         seen = [3, 0, 1]

@@ -178,8 +178,8 @@ class RecordedLayer:
         if batch is None or not batch.is_for_kernel:
             return None
         rows = batch.num_tokens
-        decodes = batch.decodes(self._window)
-        if rows > self._max_rows or decodes is None or hidden.dtype != self._dtype or not hidden.is_contiguous():
+        attended = batch.kernel_rows(self._window)
+        if rows > self._max_rows or attended is None or hidden.dtype != self._dtype or not hidden.is_contiguous():
             return None
         bases = self._bases
         for given in self._inputs:
@@ -192,7 +192,7 @@ class RecordedLayer:
         bases[RESULT] = result.data_ptr()
         bases[ARENA] = self._arena.address
         bases[SLOTS] = batch.slots.data_ptr()
-        bases[TABLE] = decodes.table.data_ptr()
+        bases[TABLE] = attended.table.data_ptr()
         self._product.layer(self._address, self._count, bases, rows, self._dtype)
         return result
 
@@ -262,11 +262,11 @@ class LayerRecorder:
         if len(ports) != 1 or not isinstance(ports[0], PagedLayer):
             raise CannotRecordError(f"{len(ports)} attention modules")
         port = ports[0]
-        decodes = batch.decodes(port.window)
-        assert decodes is not None
+        attended = batch.kernel_rows(port.window)
+        assert attended is not None
         inputs = _find_inputs((args, kwargs), self._dtype)
         named = {given.pointer: FIRST_INPUT + index for index, given in enumerate(inputs)}
-        named |= {hidden.data_ptr(): HIDDEN, batch.slots.data_ptr(): SLOTS, decodes.table.data_ptr(): TABLE}
+        named |= {hidden.data_ptr(): HIDDEN, batch.slots.data_ptr(): SLOTS, attended.table.data_ptr(): TABLE}
         type(layer).forward(layer, hidden, *args, **kwargs)  # what is tried only once is no part of the layer
         with Recorder() as recorder, _told(self._product, recorder):
             result = type(layer).forward(layer, hidden, *args, **kwargs)
