@@ -92,7 +92,10 @@ def try_all(costs, workers, limits, *, offloading):
             for inner in itertools.combinations(range(1, num_layers), count - 1):
                 bounds = (0, *inner, num_layers)
                 value = rate(costs, limits, usable, chosen, bounds, offloading=offloading)
-                if value is not None and (best is None or value < best):
+                if value is None:
+                    continue
+                value = tuple(float(f"{part:.12g}") for part in value)  # a sum's rounding must not decide a tie
+                if best is None or value < best:
                     best = value
     return best
 
