@@ -42,7 +42,7 @@ def build(product, dtype, monkeypatch, tmp_path):
         whole = whole_of(family)
         with monkeypatch.context() as patched:
             if not records:
-                patched.setattr(LayerRecorder, "finish", lambda _: 0)
+                patched.setattr(LayerRecorder, "finish", lambda _: None)
             split = lab.SplitModel(whole.folder, 2, dtype=str(dtype).removeprefix("torch."), num_blocks=num_blocks)
         return whole, split
 
@@ -116,6 +116,16 @@ def outputs_of(split, slices):
     return outputs
 
 
+def assert_same_bits(given, expected):
+    """Of what the stages gave, and of all K and V behind it."""
+    for (mine, my_caches), (its, its_caches) in zip(given, expected, strict=True):
+        assert mine.tokens == its.tokens
+        assert mine.tensors.keys() == its.tensors.keys()
+        assert all(torch.equal(mine.tensors[name], its.tensors[name]) for name in its.tensors)
+        for my_cache, its_cache in zip(my_caches, its_caches, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(my_cache, its_cache, strict=True))
+
+
 @pytest.mark.parametrize("family", RECORDED)
 def test_every_layer_of_these_families_is_recorded(build, family):
     _, split = build(family)
@@ -142,13 +152,7 @@ def test_a_step_gives_the_bits_that_the_modules_give(build, family, layers_compu
     layers_computed.clear()
     for number, (slices, _) in enumerate(steps):
         with threads(1 + number % 2):
-            expected, given = outputs_of(plain, slices), outputs_of(split, slices)
-            for (mine, my_caches), (its, its_caches) in zip(given, expected, strict=True):
-                assert mine.tokens == its.tokens
-                assert mine.tensors.keys() == its.tensors.keys()
-                assert all(torch.equal(mine.tensors[name], its.tensors[name]) for name in its.tensors)
-                for my_cache, its_cache in zip(my_caches, its_caches, strict=True):
-                    assert all(torch.equal(a, b) for a, b in zip(my_cache, its_cache, strict=True))
+            assert_same_bits(outputs_of(split, slices), outputs_of(plain, slices))
     assert layers_computed == [len(slices) for slices, _ in steps for _ in layers_of(split)]
 
 
@@ -194,11 +198,7 @@ def test_a_step_with_few_tokens_of_prompts_gives_the_bits_that_the_modules_give(
     _, plain = build(family, records=False, num_blocks=used + 32)
     _, split = build(family, num_blocks=used + 32)
     layers_computed.clear()
-    for (mine, my_caches), (its, its_caches) in zip(outputs_of(split, slices), outputs_of(plain, slices), strict=True):
-        assert mine.tokens == its.tokens
-        assert all(torch.equal(mine.tensors[name], its.tensors[name]) for name in its.tensors)
-        for my_cache, its_cache in zip(my_caches, its_caches, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(my_cache, its_cache, strict=True))
+    assert_same_bits(outputs_of(split, slices), outputs_of(plain, slices))
     assert layers_computed == [MAX_KERNEL_PROMPT_TOKENS + 2] * len(layers_of(split))
 
 

@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 from shardwright.model.product import ACTIVATIONS, Product
-
-_MIN_EQUAL = 0.98
-"""The share of values that must be equal to the last bit, as for norms: exponentials may differ in theirs before a
-value is rounded."""
+from shardwright.model.trial import best_match
 
 
 class KernelActivation(nn.Module):
@@ -54,10 +51,6 @@ def _find_activation(module: nn.Module, product: Product, dtype: torch.dtype) ->
         expected = module(x)
         if expected.dtype != dtype or expected.shape != x.shape:
             return None
-        for name, form in ACTIVATIONS.items():
-            given = product.activate(x, form)
-            # Where torch's own sum of 1 and a tanh near -1 leaves few bits, they are noise.
-            close = torch.allclose(given.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
-            if close and float((given == expected).float().mean()) >= _MIN_EQUAL:
-                return name
-    return None
+        given = {name: product.activate(x, form) for name, form in ACTIVATIONS.items()}
+        # Where torch's own sum of 1 and a tanh near -1 leaves few bits, they are noise.
+        return best_match(given, expected, atol=2e-6)

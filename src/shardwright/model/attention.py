@@ -226,7 +226,7 @@ class StepBatch:
         for part in self._slices:
             if self._is_kernels(part):
                 for position in range(part.start_position, part.context_length):
-                    first = 0 if window is None else max(0, position - window + 1)
+                    first = _first_key(position, window)
                     table += (row + position - part.start_position, first, position + 1, place)
                 place += len(part.block_table)
             row += part.num_tokens
@@ -261,13 +261,9 @@ class StepBatch:
         table = part.block_table
         return self._device.type == "cpu" and part.context_length > _SHORT_CONTEXT and _follow(table)
 
-    def _first_key(self, part: SequenceSlice, window: int | None) -> int:
-        """The first position that any of the slice's tokens sees."""
-        return 0 if window is None else max(0, part.start_position - window + 1)
-
     def _single(self, row: int, part: SequenceSlice, window: int | None) -> _Draft:
         size = self._block_size
-        start, end = self._first_key(part, window), part.context_length
+        start, end = _first_key(part.start_position, window), part.context_length
         first_block = start // size
         table = part.block_table[first_block : (end - 1) // size + 1]
         offset = start - first_block * size
@@ -303,7 +299,7 @@ class StepBatch:
         tables: list[tuple[int, ...]] = []
         first_keys: list[int] = []
         for _, part in decodes:
-            first_block = self._first_key(part, window) // size
+            first_block = _first_key(part.start_position, window) // size
             tables.append(part.block_table[first_block : (part.context_length - 1) // size + 1])
             first_keys.append(first_block * size)
         width = max(len(t) for t in tables)
@@ -336,6 +332,11 @@ class StepBatch:
         if window is not None:
             hidden = hidden | (keys <= queries - window)
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+
+
+def _first_key(position: int, window: int | None) -> int:
+    """The first position that a token at this one sees."""
+    return 0 if window is None else max(0, position - window + 1)
 
 
 def _follow(table: Sequence[BlockId]) -> bool:

@@ -21,7 +21,7 @@ INLINE void store_pair(Float16, uint16_t *to, Floats first, Floats second) {
 }
 #endif
 
-// One row of values, and what becomes of it; of two rows for sums and products of rows.
+// Rows of values, and what becomes of them; with one operand, `b` is `a`.
 struct Rowwise {
     const uint16_t *a, *b;
     uint16_t *y;
@@ -79,12 +79,15 @@ INLINE void change_row(const uint16_t *a, const uint16_t *b, uint16_t *y, long w
     memcpy(y + k, rest[2], (width - k) * sizeof(uint16_t));
 }
 
+template <class Kind, class Function>
+static void change(const Rowwise &r, long row) {
+    change_row<Kind, Function>(r.a + row * r.a_row, r.b + row * r.b_row, r.y + row * r.y_row, r.width, r.scalar);
+}
+
 template <class Kind>
 static void activate_row(const Rowwise &rowwise, long row) {
-    const uint16_t *a = rowwise.a + row * rowwise.a_row;
-    uint16_t *y = rowwise.y + row * rowwise.y_row;
-    if (rowwise.form == SILU) change_row<Kind, Silu>(a, a, y, rowwise.width, 0.0f);
-    else change_row<Kind, GeluTanh>(a, a, y, rowwise.width, 0.0f);
+    if (rowwise.form == SILU) change<Kind, Silu>(rowwise, row);
+    else change<Kind, GeluTanh>(rowwise, row);
 }
 
 template <class Kind>
@@ -102,7 +105,8 @@ static int activate(Rowwise &rowwise, Parallel parallel, long threads) {
 // Nonzero: a kind that this machine can't widen. Both are contiguous.
 extern "C" int shardwright_activate(const void *x, void *y, long rows, long width, int form, int kind, long threads,
                                     Parallel parallel) {
-    Rowwise rowwise = {(const uint16_t *)x, nullptr, (uint16_t *)y, width, 0, width, width, 0.0f, form, rows, 0};
+    const uint16_t *a = (const uint16_t *)x;
+    Rowwise rowwise = {a, a, (uint16_t *)y, width, width, width, width, 0.0f, form, rows, 0};
     return OF_KIND(activate, BFloat16, rowwise, kind, parallel, threads);
 }
 
@@ -152,7 +156,6 @@ struct Layer {
 
 template <class Kind, class Multiplied>
 static void compute_row(const Operation &operation, long row) {
-    const Rowwise &r = operation.rowwise;
     switch (operation.kind) {
     case WIDEN: widen_row<Multiplied>(operation.job, row); break;
     case NORM: {
@@ -173,14 +176,10 @@ static void compute_row(const Operation &operation, long row) {
         for (long head = 0; head < operation.joined->kv_heads * operation.joined->shared; head++)
             join_chunks<Kind>(*operation.joined, row, head);
         break;
-    case ADD: change_row<Kind, Sum>(r.a + row * r.a_row, r.b + row * r.b_row, r.y + row * r.y_row, r.width, 0.0f); break;
-    case TIMES:
-        change_row<Kind, Times>(r.a + row * r.a_row, r.b + row * r.b_row, r.y + row * r.y_row, r.width, 0.0f);
-        break;
-    case SCALE:
-        change_row<Kind, Scaled>(r.a + row * r.a_row, r.a + row * r.a_row, r.y + row * r.y_row, r.width, r.scalar);
-        break;
-    default: activate_row<Kind>(r, row);
+    case ADD: change<Kind, Sum>(operation.rowwise, row); break;
+    case TIMES: change<Kind, Times>(operation.rowwise, row); break;
+    case SCALE: change<Kind, Scaled>(operation.rowwise, row); break;
+    default: activate_row<Kind>(operation.rowwise, row);
     }
 }
 

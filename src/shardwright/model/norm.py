@@ -12,12 +12,10 @@ from torch import nn
 
 from shardwright.model.linear import Linears
 from shardwright.model.product import FORMS, Product
+from shardwright.model.trial import best_match
 
 _TRIED_ROWS = 16
 _SCALES = (1e-2, 0.3, 1.0, 40.0)  # of the rows, in turn: small ones show the epsilon
-_MIN_EQUAL = 0.98
-"""The share of values that must be equal to the last bit. The sums of squares are added up in another order, which now
-and then turns a value that lies between two others; a form that rounds elsewhere differs in one of seven or more."""
 
 
 class KernelNorm(nn.Module):
@@ -82,12 +80,6 @@ def _find_form(module: nn.Module, weight: torch.Tensor, epsilon: float, kernel: 
         expected = module(x)
         if expected.dtype != weight.dtype or expected.shape != x.shape:
             return None
-        step = torch.finfo(weight.dtype).eps
-        shares: dict[int, float] = {}
-        for form in FORMS:
-            given = kernel.rms_norm(x, weight, epsilon, form)
-            # Two roundings may each turn once; the weight may take a value below the dtype's normal numbers.
-            if torch.allclose(given.float(), expected.float(), rtol=2 * step, atol=torch.finfo(weight.dtype).tiny):
-                shares[form] = float((given == expected).float().mean())
-    best = max(shares, key=lambda form: shares[form], default=None)
-    return best if best is not None and shares[best] >= _MIN_EQUAL else None
+        given = {form: kernel.rms_norm(x, weight, epsilon, form) for form in FORMS}
+        # The weight may take a value below the dtype's normal numbers.
+        return best_match(given, expected, atol=torch.finfo(weight.dtype).tiny)

@@ -40,6 +40,7 @@ NUM_BASES = 16
 """What a layer's operands may lie behind: `Product.layer` says what they are."""
 
 _SOURCES = ("product.cpp", "layer.cpp")  # compiled as one text
+_HEADS_FIRST_DIMS = 4  # [batch, heads, rows, size]
 _KINDS = {torch.bfloat16: 0, torch.float16: 1}
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Product:
         A row's result is the same whatever rows it comes with.
         """
         if not x.is_contiguous():
-            if x.dim() == len(("batch", "heads", "rows", "size")) and x.transpose(1, 2).is_contiguous():
+            if x.dim() == _HEADS_FIRST_DIMS and x.transpose(1, 2).is_contiguous():
                 return self.rms_norm(x.transpose(1, 2), weight, epsilon, form).transpose(1, 2)
             x = x.contiguous()
         y = torch.empty_like(x)

@@ -1,13 +1,13 @@
 """Computes whole decoder layers in one call into our own kernel, where a layer asks for nothing that it can't compute.
 
 A decode step of a small model takes most of its time on the way between operations: through modules, torch's
-dispatcher and the ends of parallel regions, twenty times a layer. What a layer computes for sequences with one new
-token is the same list of operations in every step, so it is recorded once: the layer runs on a few random rows while a
-`Recorder` is told of every operation of torch and of the kernel. If all of them are the kernel's, or sums and products
-of rows, `layer.cpp` computes the list; else the layer stays as it is. A recorded layer is used only where it gave the
-same bits as the layer itself, on rows of which there were more or fewer than in the recording.
+dispatcher and the ends of parallel regions, twenty times a layer. What a layer computes for rows that are attended each
+by itself is the same list of operations in every step, so it is recorded once: the layer runs on a few random rows
+while a `Recorder` is told of every operation of torch and of the kernel. If all of them are the kernel's, or sums and
+products of rows, `layer.cpp` computes the list; else the layer stays as it is. A recorded layer is used only where it
+gave the same bits as the layer itself, on rows of which there were more or fewer than in the recording.
 
-The layer keeps its modules: steps with prompts run through them as ever.
+The layer keeps its modules: steps with more than a few tokens of prompts run through them as ever.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _Input:
 
 
 class RecordedLayer:
-    """A layer's operations, ready to be computed for some sequences with one new token each."""
+    """A layer's operations, ready to be computed for rows that the kernel attends each by itself."""
 
     def __init__(
         self,
@@ -245,14 +245,13 @@ class LayerRecorder:
             self._found.pop(layer, None)
             self._refused[layer] = str(exc)
 
-    def finish(self) -> int:
-        """Have the layers that could be recorded computed so from now on, and tell how many these are."""
+    def finish(self) -> None:
+        """Have the layers that could be recorded computed so from now on."""
         for layer, recorded in self._found.items():
             setattr(layer, _ATTRIBUTE, recorded)
             layer.__class__ = _with_recording(type(layer))  # type: ignore[arg-type]  # mypy takes classes for unhashable
         for why in dict.fromkeys(self._refused.values()):
             log.info("decode steps run through the modules of some layers: %s", why)
-        return len(self._found)
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedLayer:
         batch = self._cell.batch
@@ -265,7 +264,7 @@ class LayerRecorder:
         attended = batch.kernel_rows(port.window)
         assert attended is not None
         inputs = _find_inputs((args, kwargs), self._dtype)
-        named = {given.pointer: FIRST_INPUT + index for index, given in enumerate(inputs)}
+        named = {address: given.base for address, given in inputs.items()}
         named |= {hidden.data_ptr(): HIDDEN, batch.slots.data_ptr(): SLOTS, attended.table.data_ptr(): TABLE}
         type(layer).forward(layer, hidden, *args, **kwargs)  # what is tried only once is no part of the layer
         with Recorder() as recorder, _told(self._product, recorder):
@@ -280,11 +279,7 @@ class LayerRecorder:
             plan.add(note)
         return RecordedLayer(
             plan,
-            inputs=[
-                _Input(FIRST_INPUT + index, given.path, given.row)
-                for index, given in enumerate(inputs)
-                if FIRST_INPUT + index in plan.used
-            ],
+            inputs=[given for given in inputs.values() if given.base in plan.used],
             window=port.window,
             cell=self._cell,
             arena=self._arena,
@@ -318,23 +313,15 @@ def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.T
     return hidden, (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A tensor among a layer's arguments."""
-
-    pointer: int
-    path: tuple[Any, ...]
-    row: int
-
-
-def _find_inputs(arguments: Any, dtype: torch.dtype) -> list[_Found]:
-    """Those that are made of the step's rows."""
-    found = []
+def _find_inputs(arguments: Any, dtype: torch.dtype) -> dict[int, _Input]:
+    """Those that are made of the step's rows, by address."""
+    found: dict[int, _Input] = {}
     for path, leaf in pytree.tree_flatten_with_path(arguments)[0]:
         if isinstance(leaf, torch.Tensor) and leaf.dtype == dtype and leaf.is_contiguous():
             keys = tuple(key.key if isinstance(key, pytree.MappingKey) else getattr(key, "idx", None) for key in path)
             if None not in keys and leaf.dim() > 1 and leaf.shape[:2] == (1, RECORDED_ROWS):
-                found.append(_Found(leaf.data_ptr(), keys, leaf.numel() // RECORDED_ROWS))
+                given = _Input(FIRST_INPUT + len(found), keys, leaf.numel() // RECORDED_ROWS)
+                found.setdefault(leaf.data_ptr(), given)
     if len(found) > NUM_BASES - FIRST_INPUT:
         raise CannotRecordError(f"{len(found)} tensors beside the hidden states")
     return found
