@@ -30,8 +30,9 @@ _MADV_DONTNEED = 4  # Linux's
 _TRIED_SHAPE = (8192, 2048)  # 32 MiB: more than one core's share of the caches
 _TRIED_SHAPE_MANY = (768, 1024)  # enough for a rate where products are bound by arithmetic
 _FEW_ROWS = (1, 8)
-_MANY_ROWS = (256, 64, 16)
+_MANY_ROWS = (256, 64, 32, 16)
 _TRIES = 4
+_MARGIN = 1.1  # torch's products have to be so much faster: with our own a layer also needs fewer calls
 _UNBOUNDED = sys.maxsize
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,8 @@ def _choose(dtype: torch.dtype, num_threads: int, kernel_dir: Path | None) -> Li
     with torch.inference_mode():
         seconds = _time_few_rows(dtype, product, packs=packs)
         best = min(seconds, key=lambda form: seconds[form])
+        if seconds["own kernel"] <= seconds[best] * _MARGIN:
+            best = "own kernel"
         chosen = Linears(dtype=dtype, packs=best == "packed", kernel=product)
         if best == "own kernel":
             chosen = replace(chosen, product=product, product_rows=_rows_for(dtype, product))
@@ -198,11 +201,11 @@ def _time_few_rows(dtype: torch.dtype, product: Product, *, packs: bool) -> dict
 
 
 def _rows_for(dtype: torch.dtype, product: Product) -> int:
-    """The number of rows up to which our own kernel is not slower than torch's product with the same weight."""
+    """The number of rows up to which our own kernel is hardly slower than torch's product with the same weight."""
     forms = _plain_forms(torch.full(_TRIED_SHAPE_MANY, 0.5, dtype=dtype), product)
     for rows in _MANY_ROWS:
         seconds = _time(forms, torch.ones((rows, _TRIED_SHAPE_MANY[1]), dtype=dtype))
-        if seconds["own kernel"] <= seconds["plain"]:
+        if seconds["own kernel"] <= seconds["plain"] * _MARGIN:
             return _UNBOUNDED if rows == max(_MANY_ROWS) else rows
     return max(_FEW_ROWS)
 
@@ -216,13 +219,20 @@ def _plain_forms(weight: torch.Tensor, product: Product) -> dict[str, Callable[[
 
 
 def _time(forms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> dict[str, float]:
-    """Seconds of each form's fastest try, taken in turn, so that what else runs hits all alike."""
+    """Seconds of each form's fastest try, taken in turn, so that what else runs hits all alike.
+
+    Other workers of this machine may be loading or computing. A clock on the wall would count their turns on the cores
+    too, many times as long as one product, and a stage would keep what chance chose. So these are seconds of computing:
+    the calling thread's, or an even share of all threads' where that is more.
+    """
+    num_threads = torch.get_num_threads()
     best = dict.fromkeys(forms, float("inf"))
     for _ in range(_TRIES):
         for form, work in forms.items():
-            began = time.perf_counter()
+            all_began, began = time.process_time(), time.thread_time()
             work(x)
-            best[form] = min(best[form], time.perf_counter() - began)
+            own_s, all_s = time.thread_time() - began, time.process_time() - all_began
+            best[form] = min(best[form], max(own_s, all_s / num_threads))
     return best
 
 
