@@ -53,14 +53,14 @@ def build(product, dtype, monkeypatch, tmp_path):
 def layers_computed(monkeypatch):
     """How many rows each layer had that was computed in one call."""
     rows: list[int] = []
-    compute = Product.layer
+    compute = Product.layers
 
-    def layer(self, *args):
-        _, _, _, num_rows, _ = args
-        rows.append(num_rows)
+    def layers(self, *args):
+        _, count, _, num_rows, _, _ = args
+        rows.extend([num_rows] * count)
         compute(self, *args)
 
-    monkeypatch.setattr(Product, "layer", layer)
+    monkeypatch.setattr(Product, "layers", layers)
     return rows
 
 
@@ -214,14 +214,14 @@ def test_steps_with_long_prompts_or_very_many_sequences_run_through_the_modules(
 
 
 def test_a_recording_that_gives_another_bit_is_not_used(build, monkeypatch):
-    compute = recording.RecordedLayer.__call__
+    compute = recording.RecordedRun.result
 
     def wrong(self, *args):
         result = compute(self, *args)
         result[0, -1, -1] += 1
         return result
 
-    monkeypatch.setattr(recording.RecordedLayer, "__call__", wrong)
+    monkeypatch.setattr(recording.RecordedRun, "result", wrong)
     _, split = build("llama")
     assert num_recorded(split) == 0
 

@@ -41,7 +41,7 @@ from shardwright.core.step_times import (
 UNMEASURED_TOKENS = 32
 """Prompt tokens of a step beside decodes before both were measured."""
 
-LEAST_TOKENS = 16
+LEAST_TOKENS = 8
 """A step takes as many tokens of a prompt, whatever they cost: prompts always advance."""
 
 _RAMP = 2.0

@@ -1,9 +1,10 @@
-// Compiled behind product.cpp, as one text with it: activation functions, and whole decoder layers in one call.
+// Compiled behind product.cpp, as one text with it: activation functions, and runs of whole decoder layers in one call.
 //
 // A layer is a list of operations (`recording.py` writes it) in phases. Threads take rows, or pieces of weights, within a
 // phase and wait for each other between phases. A phase of row operations computes all of them for one row before the
 // next: whatever they hand to each other is still in the first-level cache. Each operation is computed by the function
-// that computes it alone, so a layer's result has the same bits either way.
+// that computes it alone, so a layer's result has the same bits either way. A layer reads what the one before it wrote, so
+// threads wait for each other between layers too.
 
 // --- activation functions and sums -------------------------------------------------------------------------------
 
@@ -151,7 +152,13 @@ struct Layer {
     Operation operations[MAX_OPERATIONS];
     long count, rows;
     long next[MAX_OPERATIONS];  // of each phase the next row that no thread has taken
-    void (*barrier)();          // null for one thread
+};
+
+// Layers of which each reads what the one before it wrote.
+struct Run {
+    Layer *layers;
+    long num_layers;
+    void (*barrier)();  // null for one thread
 };
 
 template <class Kind, class Multiplied>
@@ -184,10 +191,9 @@ static void compute_row(const Operation &operation, long row) {
 }
 
 template <class Kind, class Multiplied>
-static void compute_layer(void *data) {
-    Layer &layer = *(Layer *)data;
+static void compute_layer(Layer &layer, void (*barrier)()) {
     for (long begin = 0, end; begin < layer.count; begin = end) {
-        if (begin && layer.barrier) layer.barrier();
+        if (begin && barrier) barrier();
         const long phase = layer.operations[begin].phase;
         for (end = begin + 1; end < layer.count && layer.operations[end].phase == phase; end++) continue;
         Operation &first = layer.operations[begin];
@@ -205,7 +211,16 @@ static void compute_layer(void *data) {
     }
 }
 
-// Nonzero as of `cut_attention`; 3: an operation that is not known.
+template <class Kind, class Multiplied>
+static void compute_run(void *data) {
+    Run &run = *(Run *)data;
+    for (long i = 0; i < run.num_layers; i++) {
+        if (i && run.barrier) run.barrier();
+        compute_layer<Kind, Multiplied>(run.layers[i], run.barrier);
+    }
+}
+
+// Nonzero as of `count_items`; 3: an operation that is not known.
 template <class Multiplied>
 static int read_operation(Layer &layer, long index, const Record &record, char *const *bases, long threads) {
     Operation &operation = layer.operations[index];
@@ -269,7 +284,7 @@ static int read_operation(Layer &layer, long index, const Record &record, char *
         a.block_size = size[6];
         a.num_rows = layer.rows;
         a.scaling = (float)record.value;
-        return cut_attention(a);
+        return count_items(a);
     }
     case JOIN:
         operation.joined = &layer.operations[size[0]].attention;
@@ -284,36 +299,85 @@ static int read_operation(Layer &layer, long index, const Record &record, char *
     }
 }
 
-template <class Kind, class Multiplied>
-static int compute(Layer &layer, const Record *records, char *const *bases, Parallel parallel, long threads) {
-    int status = 0;
-    long read = 0;
-    for (; read < layer.count && !status; read++)
-        status = read_operation<Multiplied>(layer, read, records[read], bases, threads);
-    if (!status) {
-        memset(layer.next, 0, sizeof layer.next);
-        if (layer.barrier) parallel(compute_layer<Kind, Multiplied>, &layer, (unsigned)threads, 0);
-        else compute_layer<Kind, Multiplied>(&layer);
+// Give each attention of a run the room that it takes: lists of their own, and parts that serve one layer after the other.
+// Gives what is to be freed, null where there is no memory.
+static void *cut_attentions(Run &run) {
+    long parts = 0, lists = 0;
+    for (long i = 0; i < run.num_layers; i++) {
+        long of_layer = 0;
+        for (long j = 0; j < run.layers[i].count; j++) {
+            const Operation &operation = run.layers[i].operations[j];
+            if (operation.kind != ATTEND) continue;
+            of_layer += parts_bytes(operation.attention);
+            lists += lists_bytes(operation.attention);
+        }
+        parts = of_layer > parts ? of_layer : parts;
     }
-    for (long i = 0; i < read; i++)
-        if (layer.operations[i].kind == ATTEND) free(layer.operations[i].attention.parts);
-    return status;
+    void *room;
+    if (posix_memalign(&room, 64, parts + lists + 1)) return nullptr;
+    char *list = (char *)room + parts;
+    for (long i = 0; i < run.num_layers; i++) {
+        char *part = (char *)room;
+        for (long j = 0; j < run.layers[i].count; j++) {
+            Operation &operation = run.layers[i].operations[j];
+            if (operation.kind != ATTEND) continue;
+            cut_attention(operation.attention, part, list);
+            part += parts_bytes(operation.attention);
+            list += lists_bytes(operation.attention);
+        }
+    }
+    return room;
 }
 
-// One layer for rows that are attended each by itself. Nonzero: no memory (1), or what this kernel does not know.
-extern "C" int shardwright_layer(const void *records, long count, char *const *bases, long rows, int kind, long threads,
-                                 Parallel parallel, void (*barrier)()) {
-    if (count > MAX_OPERATIONS) return 3;
-    Layer layer;
-    layer.count = count;
-    layer.rows = rows;
-    layer.barrier = threads > 1 && parallel ? barrier : nullptr;
-    const Record *list = (const Record *)records;
-    if (kind == 0) return compute<BFloat16, BFloat16Pairs>(layer, list, bases, parallel, threads);
+// As `Listed` of layer_plan.py.
+struct Listed {
+    const Record *records;
+    int64_t count;
+};
+
+enum : long { HIDDEN_BASE = 1, RESULT_BASE = 2, NUM_BASES = 16 };
+
+template <class Kind, class Multiplied>
+static int compute(Run &run, const Listed *list, char *const *given, long rows, long result_bytes, Parallel parallel,
+                   long threads) {
+    char *bases[NUM_BASES];
+    memcpy(bases, given, sizeof bases);
+    for (long i = 0; i < run.num_layers; i++) {
+        Layer &layer = run.layers[i];
+        layer.count = list[i].count;
+        layer.rows = rows;
+        memset(layer.next, 0, sizeof layer.next);
+        for (long j = 0; j < layer.count; j++) {
+            const int status = read_operation<Multiplied>(layer, j, list[i].records[j], bases, threads);
+            if (status) return status;
+        }
+        bases[HIDDEN_BASE] = bases[RESULT_BASE];
+        bases[RESULT_BASE] += result_bytes;
+    }
+    void *room = cut_attentions(run);
+    if (!room) return 1;
+    if (run.barrier) parallel(compute_run<Kind, Multiplied>, &run, (unsigned)threads, 0);
+    else compute_run<Kind, Multiplied>(&run);
+    free(room);
+    return 0;
+}
+
+// Layers for rows that are attended each by itself, each behind the one before it, whose results lie `result_bytes` apart.
+// Nonzero: no memory (1), or what this kernel does not know.
+extern "C" int shardwright_layers(const void *listed, long num_layers, char *const *bases, long rows, long result_bytes,
+                                  int kind, long threads, Parallel parallel, void (*barrier)()) {
+    const Listed *list = (const Listed *)listed;
+    for (long i = 0; i < num_layers; i++)
+        if (list[i].count > MAX_OPERATIONS) return 3;
+    Run run = {(Layer *)malloc(num_layers * sizeof(Layer)), num_layers, threads > 1 && parallel ? barrier : nullptr};
+    if (!run.layers) return 1;
+    int status = 2;
+    if (kind == 0) status = compute<BFloat16, BFloat16Pairs>(run, list, bases, rows, result_bytes, parallel, threads);
 #if defined(HAS_FLOAT16)
-    if (kind == 1) return compute<Float16, Float16>(layer, list, bases, parallel, threads);
+    if (kind == 1) status = compute<Float16, Float16>(run, list, bases, rows, result_bytes, parallel, threads);
 #endif
-    return 2;
+    free(run.layers);
+    return status;
 }
 
 // How many values of the kind in which rows are multiplied one row of k takes, in bytes; 0 for a kind that is not known.

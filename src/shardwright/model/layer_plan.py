@@ -22,7 +22,8 @@ RECORDED_ROWS: Final = 3
 
 ALIGNMENT: Final = 64
 
-# Where operands lie: at an address of their own, or behind one that is another in each call.
+# Where operands lie: at an address of their own, or behind one that is another in each call. `layer.cpp` knows `HIDDEN`
+# and `RESULT`.
 ABSOLUTE, HIDDEN, RESULT, ARENA, SLOTS, TABLE, FIRST_INPUT = range(7)
 _NONE: Final = -1
 
@@ -69,6 +70,12 @@ class _Record(ctypes.Structure):
         ("size", ctypes.c_int64 * _NUM_SIZES),
         ("value", ctypes.c_double),
     ]
+
+
+class Listed(ctypes.Structure):
+    """`Listed` of `layer.cpp`: a layer's operations."""
+
+    _fields_ = [("records", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 class LayerPlan:

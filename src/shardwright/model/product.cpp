@@ -864,8 +864,8 @@ static void join_items(void *data) {
         join_chunks<Kind>(a, item / heads, item % heads);
 }
 
-// Cut an attention into items that threads take; 1: no memory, 2: not for this kernel. `parts` is to be freed.
-static int cut_attention(Attention &a) {
+// Count the items into which an attention is cut for threads to take. Nonzero: not for this kernel.
+static int count_items(Attention &a) {
     if (a.value_dim % PAIR || a.key_dim > MAX_KEY_DIM) return 2;
     long num_chunks = 0;
     for (long i = 0; i < a.num_rows; i++) {
@@ -873,12 +873,17 @@ static int cut_attention(Attention &a) {
         num_chunks += (entry[2] - entry[1] + CHUNK - 1) / CHUNK;
     }
     a.num_items = num_chunks * a.kv_heads;
-    const long num_floats = a.num_items * a.shared * (2 + a.value_dim);
-    void *room;
-    if (posix_memalign(&room, 64, num_floats * sizeof(float) + (2 * num_chunks + a.num_rows) * sizeof(int32_t)))
-        return 1;
-    a.parts = (float *)room;
-    int32_t *chunks = (int32_t *)(a.parts + num_floats), *firsts = chunks + 2 * num_chunks;
+    return 0;
+}
+
+// What `cut_attention` takes, in bytes: of parts, which are of use from an attention's items to its joining, and of lists.
+static long parts_bytes(const Attention &a) { return a.num_items * a.shared * (2 + a.value_dim) * (long)sizeof(float); }
+static long lists_bytes(const Attention &a) { return (2 * a.num_items / a.kv_heads + a.num_rows) * (long)sizeof(int32_t); }
+
+// Cut an attention whose items were counted.
+static void cut_attention(Attention &a, void *parts, void *lists) {
+    a.parts = (float *)parts;
+    int32_t *chunks = (int32_t *)lists, *firsts = chunks + 2 * a.num_items / a.kv_heads;
     long at = 0;
     for (long i = 0; i < a.num_rows; i++) {
         const int64_t *entry = a.table + i * TABLE_FIELDS;
@@ -890,13 +895,15 @@ static int cut_attention(Attention &a) {
     }
     a.chunks = chunks;
     a.firsts = firsts;
-    return 0;
 }
 
 template <class Kind>
 static int attend(Attention &a, Parallel parallel, long threads) {
-    const int status = cut_attention(a);
+    const int status = count_items(a);
     if (status) return status;
+    void *room;
+    if (posix_memalign(&room, 64, parts_bytes(a) + lists_bytes(a))) return 1;
+    cut_attention(a, room, (char *)room + parts_bytes(a));
     long num_positions = 0;
     for (long i = 0; i < a.num_rows; i++)
         num_positions += a.table[i * TABLE_FIELDS + 2] - a.table[i * TABLE_FIELDS + 1];
@@ -905,7 +912,7 @@ static int attend(Attention &a, Parallel parallel, long threads) {
     const bool is_long = a.num_items > 4 * a.num_rows * a.kv_heads;  // else there is little to join
     run(parallel, attend_items<Kind>, a, a.num_items, is_small ? 1 : threads);
     run(parallel, join_items<Kind>, a, a.num_rows * a.kv_heads * a.shared, is_small || !is_long ? 1 : threads);
-    free(a.parts);
+    free(room);
     return 0;
 }
 

@@ -37,7 +37,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 """As `layer.cpp` numbers them."""
 
 NUM_BASES = 16
-"""What a layer's operands may lie behind: `Product.layer` says what they are."""
+"""What a layer's operands may lie behind: `layer_plan.py` says what they are."""
 
 _SOURCES = ("product.cpp", "layer.cpp")  # compiled as one text
 _HEADS_FIRST_DIMS = 4  # [batch, heads, rows, size]
@@ -88,8 +88,8 @@ class Product:
         self._rotate.argtypes = [*([pointer] * 6), *([long] * 14), ctypes.c_int, long, pointer]
         self._activate: Any = library.shardwright_activate
         self._activate.argtypes = [pointer, pointer, long, long, ctypes.c_int, ctypes.c_int, long, pointer]
-        self._layer: Any = library.shardwright_layer
-        self._layer.argtypes = [pointer, long, pointer, long, ctypes.c_int, long, pointer, pointer]
+        self._layers: Any = library.shardwright_layers
+        self._layers.argtypes = [pointer, long, pointer, long, long, ctypes.c_int, long, pointer, pointer]
         self._wide_bytes: Any = library.shardwright_wide_bytes
         self._wide_bytes.argtypes = [long, ctypes.c_int]
         self._wide_bytes.restype = long
@@ -190,19 +190,21 @@ class Product:
             self.tape.note("activate", (x, y), (width, form))
         return y
 
-    def layer(self, records: int, count: int, bases: ctypes.Array[Any], rows: int, dtype: torch.dtype) -> None:
-        """Compute a recorded layer for so many rows, all of which the kernel attends.
+    def layers(
+        self, listed: int, count: int, bases: ctypes.Array[Any], rows: int, result_bytes: int, dtype: torch.dtype
+    ) -> None:
+        """Compute recorded layers, each behind the one before it, for so many rows, all of which the kernel attends.
 
-        `records` is the address of `count` operations as `layer.cpp` reads them, `bases` holds the addresses behind
-        which their operands lie.
+        `listed` is the address of `count` lists of operations (`layer_plan.py`), `bases` holds the addresses behind which
+        the first one's operands lie. Each layer's result lies `result_bytes` behind that of the one before it.
         """
-        status = self._layer(
-            records, count, bases, rows, _KINDS[dtype], torch.get_num_threads(), self._parallel, self._barrier
+        status = self._layers(
+            listed, count, bases, rows, result_bytes, _KINDS[dtype], torch.get_num_threads(), self._parallel, self._barrier
         )
         if status == 1:
             raise MemoryError(f"no memory to attend {rows} rows")
         if status:
-            raise ValueError(f"the kernel does not know an operation of this layer in {dtype}")
+            raise ValueError(f"the kernel does not know an operation of these layers in {dtype}")
 
     def wide_bytes(self, k: int, dtype: torch.dtype) -> int:
         """Bytes of a row of k values as `layer.cpp` multiplies it; 0 for a dtype that the kernel does not know."""

@@ -1,4 +1,4 @@
-"""Computes whole decoder layers in one call into our own kernel, where a layer asks for nothing that it can't compute.
+"""Computes decoder layers in one call into our own kernel, where they ask for nothing that it can't compute.
 
 A decode step of a small model takes most of its time on the way between operations: through modules, torch's
 dispatcher and the ends of parallel regions, twenty times a layer. What a layer computes for rows that are attended each
@@ -7,7 +7,10 @@ while a `Recorder` is told of every operation of torch and of the kernel. If all
 products of rows, `layer.cpp` computes the list; else the layer stays as it is. A recorded layer is used only where it
 gave the same bits as the layer itself, on rows of which there were more or fewer than in the recording.
 
-The layer keeps its modules: steps with more than a few tokens of prompts run through them as ever.
+Recorded layers that follow each other and read the same arguments are computed in one call when a step comes to the first
+of them. The model's own loop goes on over them all the same, and finds each one's result ready.
+
+Layers keep their modules: steps with more than a few tokens of prompts run through them as ever.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +30,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer
+from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
 from shardwright.model.layer_plan import (
     ALIGNMENT,
     ARENA,
@@ -39,6 +43,7 @@ from shardwright.model.layer_plan import (
     TABLE,
     CannotRecordError,
     LayerPlan,
+    Listed,
     Note,
 )
 from shardwright.model.product import NUM_BASES, Product
@@ -128,73 +133,117 @@ class _Input:
     path: tuple[Any, ...]
     row: int  # values of one
 
-    def address(self, arguments: Any, rows: int, dtype: torch.dtype) -> int | None:
-        """None where it is missing or lies otherwise."""
+    def find(self, arguments: Any) -> Any:
+        """What stands in its place; None where nothing does."""
         try:
             for key in self.path:
                 arguments = arguments[key]
         except (LookupError, TypeError):
             return None
-        if (
-            not isinstance(arguments, torch.Tensor)
-            or arguments.dtype != dtype
-            or arguments.numel() != rows * self.row
-            or not arguments.is_contiguous()
-        ):
-            return None
-        return arguments.data_ptr()
+        return arguments
+
+    def lies(self, tensor: Any, rows: int, dtype: torch.dtype) -> bool:
+        """Whether it is one that the kernel can read."""
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype == dtype
+            and tensor.numel() == rows * self.row
+            and tensor.is_contiguous()
+        )
 
 
 class RecordedLayer:
-    """A layer's operations, ready to be computed for rows that the kernel attends each by itself."""
+    """A layer's operations, and what they read of its arguments."""
+
+    def __init__(self, plan: LayerPlan, *, inputs: Sequence[_Input], window: int | None) -> None:
+        """`plan` is whole, `inputs` are what it reads beside the hidden states."""
+        self.records = plan.records()
+        self.arena_bytes = plan.arena_bytes
+        self.inputs = tuple(inputs)
+        self.window = window
+        self.goes_on = True
+        """Whether it was always called with the tensors that the layer before it was called with."""
+
+    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs themselves."""
+        arguments = (args, kwargs)
+        return [given.find(arguments) for given in self.inputs]
+
+
+class RecordedRun:
+    """Layers that a step passes one after the other, ready to be computed for rows that the kernel attends each by itself.
+
+    The first that is asked for is computed with those behind it. Their results are given when they are asked for with the
+    very tensors that they were computed from. A layer that is asked for with others is computed anew, and the run ends
+    before it from then on.
+    """
 
     def __init__(
         self,
-        plan: LayerPlan,
+        layers: Sequence[RecordedLayer],
+        product: Product,
+        dtype: torch.dtype,
         *,
-        inputs: Sequence[_Input],
-        window: int | None,
         cell: BatchCell,
         arena: Arena,
         max_rows: int,
     ) -> None:
-        """`plan` is whole, `inputs` are what it reads of the layer's arguments."""
-        self._product = plan.product
-        self._dtype = plan.dtype
-        self._records = plan.records()
-        self._count = len(self._records)
-        self._address = ctypes.addressof(self._records)
+        """All `layers` have the same inputs and the same window."""
+        self._layers = tuple(layers)
+        self._product = product
+        self._dtype = dtype
+        lists = [(ctypes.addressof(layer.records), len(layer.records)) for layer in layers]
+        self._listed = (Listed * len(layers))(*lists)
+        self._ends = [len(layers)] * len(layers)  # of what is computed with each
         self._bases = (ctypes.c_void_p * NUM_BASES)()
-        self._inputs = tuple(inputs)
-        self._window = window
+        self._inputs = layers[0].inputs
+        self._window = layers[0].window
         self._cell = cell
         self._arena = arena
         self._max_rows = max_rows
-        arena.hold(plan.arena_bytes)
+        self._batch: StepBatch | None = None  # of which there are results
+        self._leaves: list[Any] = []
+        self._results: dict[int, torch.Tensor] = {}  # by layer
+        arena.hold(max(layer.arena_bytes for layer in layers))
 
-    def __call__(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """[1, rows, width] -> the same; None where this step or these arguments are not for the recording."""
+    def result(
+        self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """What the layer of this index gives to [1, rows, width]; None where this step or these are not for the run."""
         batch = self._cell.batch
         if batch is None or not batch.is_for_kernel:
             return None
+        leaves = self._layers[index].leaves(args, kwargs)
+        if batch is self._batch and index in self._results:
+            if hidden is self._results.get(index - 1) and all(map(operator.is_, leaves, self._leaves)):
+                return self._results[index]
+            self._ends[:index] = [min(end, index) for end in self._ends[:index]]
+        if not self._compute(index, batch, hidden, leaves):
+            return None
+        return self._results[index]
+
+    def _compute(self, index: int, batch: StepBatch, hidden: torch.Tensor, leaves: list[Any]) -> bool:
         rows = batch.num_tokens
         attended = batch.kernel_rows(self._window)
         if rows > self._max_rows or attended is None or hidden.dtype != self._dtype or not hidden.is_contiguous():
-            return None
+            return False
         bases = self._bases
-        for given in self._inputs:
-            address = given.address((args, kwargs), rows, self._dtype)
-            if address is None:
-                return None
-            bases[given.base] = address
-        result = torch.empty_like(hidden)
+        for given, leaf in zip(self._inputs, leaves, strict=True):
+            if not given.lies(leaf, rows, self._dtype):
+                return False
+            bases[given.base] = leaf.data_ptr()
+        count = self._ends[index] - index
+        results = hidden.new_empty((count, *hidden.shape))
         bases[HIDDEN] = hidden.data_ptr()
-        bases[RESULT] = result.data_ptr()
+        bases[RESULT] = results.data_ptr()
         bases[ARENA] = self._arena.address
         bases[SLOTS] = batch.slots.data_ptr()
         bases[TABLE] = attended.table.data_ptr()
-        self._product.layer(self._address, self._count, bases, rows, self._dtype)
-        return result
+        listed = ctypes.addressof(self._listed) + index * ctypes.sizeof(Listed)
+        self._product.layers(listed, count, bases, rows, hidden.nbytes, self._dtype)
+        self._batch, self._leaves = batch, leaves
+        self._results = dict(enumerate(results.unbind(), start=index))
+        return True
 
 
 _ATTRIBUTE: Final = "shardwright_recorded"
@@ -202,12 +251,12 @@ _ATTRIBUTE: Final = "shardwright_recorded"
 
 @functools.cache
 def _with_recording(family: type[nn.Module]) -> type[nn.Module]:
-    """A class whose `forward` asks the layer's recording first."""
+    """A class whose `forward` asks the recorded run first that the layer is of."""
     its_forward: Any = family.forward
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        recorded: RecordedLayer = getattr(self, _ATTRIBUTE)
-        given = recorded(hidden_states, args, kwargs)
+        run, index = getattr(self, _ATTRIBUTE)
+        given = run.result(index, hidden_states, args, kwargs)
         return its_forward(self, hidden_states, *args, **kwargs) if given is None else given
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
@@ -231,32 +280,53 @@ class LayerRecorder:
         self._arena = Arena()
         self._found: dict[nn.Module, RecordedLayer] = {}
         self._refused: dict[nn.Module, str] = {}
+        self._order: list[nn.Module] = []
+        self._arguments: Any = None  # of the layer that was called last
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook with keyword arguments."""
-        if layer in self._refused:
-            return
         try:
-            if layer not in self._found:
-                self._found[layer] = self._record(layer, args, kwargs)
-            else:
-                self._try(layer, args, kwargs)
+            hidden, args, kwargs = _take_hidden(args, kwargs)
+            if layer in self._found:
+                self._try(layer, hidden, args, kwargs)
+            elif layer not in self._refused:
+                self._order.append(layer)
+                self._found[layer] = self._record(layer, hidden, args, kwargs)
         except CannotRecordError as exc:
             self._found.pop(layer, None)
             self._refused[layer] = str(exc)
+        self._arguments = (args, kwargs)
 
     def finish(self) -> None:
         """Have the layers that could be recorded computed so from now on."""
-        for layer, recorded in self._found.items():
-            setattr(layer, _ATTRIBUTE, recorded)
-            layer.__class__ = _with_recording(type(layer))  # type: ignore[arg-type]  # mypy takes classes for unhashable
+        runs: list[list[nn.Module]] = []
+        before: RecordedLayer | None = None
+        for layer in self._order:
+            recorded = self._found.get(layer)
+            if recorded is not None:
+                if before is not None and recorded.goes_on and _are_alike(before, recorded):
+                    runs[-1].append(layer)
+                else:
+                    runs.append([layer])
+            before = recorded
+        for layers in runs:
+            run = self._run_of([self._found[layer] for layer in layers])
+            for index, layer in enumerate(layers):
+                setattr(layer, _ATTRIBUTE, (run, index))
+                layer.__class__ = _with_recording(type(layer))  # type: ignore[arg-type]  # mypy takes classes for unhashable
         for why in dict.fromkeys(self._refused.values()):
             log.info("decode steps run through the modules of some layers: %s", why)
 
-    def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedLayer:
+    def _run_of(self, layers: Sequence[RecordedLayer]) -> RecordedRun:
+        return RecordedRun(
+            layers, self._product, self._dtype, cell=self._cell, arena=self._arena, max_rows=self._max_rows
+        )
+
+    def _record(
+        self, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RecordedLayer:
         batch = self._cell.batch
         assert batch is not None, "a layer ran outside a step"
-        hidden, args, kwargs = _take_hidden(args, kwargs)
         ports = [port for module in layer.modules() if (port := getattr(module, PORT_ATTRIBUTE, None)) is not None]
         if len(ports) != 1 or not isinstance(ports[0], PagedLayer):
             raise CannotRecordError(f"{len(ports)} attention modules")
@@ -277,22 +347,24 @@ class LayerRecorder:
         plan.gives(result)
         for note in recorder.notes:
             plan.add(note)
-        return RecordedLayer(
-            plan,
-            inputs=[given for given in inputs.values() if given.base in plan.used],
-            window=port.window,
-            cell=self._cell,
-            arena=self._arena,
-            max_rows=self._max_rows,
-        )
+        used = [given for given in inputs.values() if given.base in plan.used]
+        return RecordedLayer(plan, inputs=used, window=port.window)
 
-    def _try(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _try(self, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `CannotRecordError` where the recording gives another bit than the layer."""
-        hidden, args, kwargs = _take_hidden(args, kwargs)
+        recorded = self._found[layer]
+        if self._arguments is not None:
+            leaves = zip(recorded.leaves(args, kwargs), recorded.leaves(*self._arguments), strict=True)
+            recorded.goes_on = recorded.goes_on and all(mine is its for mine, its in leaves)
         expected = type(layer).forward(layer, hidden, *args, **kwargs)
-        given = self._found[layer](hidden, args, kwargs)
+        given = self._run_of([recorded]).result(0, hidden, args, kwargs)
         if given is None or not torch.equal(given, expected):
             raise CannotRecordError("the recording gave something else than the layer")
+
+
+def _are_alike(one: RecordedLayer, other: RecordedLayer) -> bool:
+    """Whether they read the same of their arguments, and see through the same window."""
+    return (one.inputs, one.window) == (other.inputs, other.window)
 
 
 @contextmanager
