@@ -80,9 +80,9 @@ def test_a_step_takes_prompts_until_its_allowance_is_used():
     assert budget.grant(prefix=0, wanted=60) == 60
     budget.spend(prefix=0, count=60)
     assert budget.grant(prefix=0, wanted=60) == 40
-    budget.spend(prefix=0, count=30)
-    assert budget.grant(prefix=0, wanted=60) == 0  # 10 would be a crumb
-    assert budget.grant(prefix=0, wanted=8) == 8
+    budget.spend(prefix=0, count=40 - (LEAST_TOKENS - 1))
+    assert budget.grant(prefix=0, wanted=60) == 0  # what is left would be a crumb
+    assert budget.grant(prefix=0, wanted=LEAST_TOKENS - 1) == LEAST_TOKENS - 1
 
 
 def test_the_first_prompt_advances_whatever_it_costs():
