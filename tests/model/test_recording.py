@@ -34,16 +34,19 @@ def build(product, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(stage_module, "choose_linears", lambda *_: own)
 
     @functools.cache
-    def whole_of(family):
-        (tmp_path / family).mkdir()
-        return save_whole(family, tmp_path / family, dtype=dtype, head_dim=32)
+    def whole_of(family, **changes):
+        folder = tmp_path / "-".join([family, *map(str, changes.values())])
+        folder.mkdir()
+        return save_whole(family, folder, dtype=dtype, head_dim=32, **changes)
 
-    def make(family, *, records=True, num_blocks=64):
-        whole = whole_of(family)
+    def make(family, *, records=True, num_blocks=64, num_stages=2, **changes):
+        whole = whole_of(family, **changes)
         with monkeypatch.context() as patched:
             if not records:
                 patched.setattr(LayerRecorder, "finish", lambda _: None)
-            split = lab.SplitModel(whole.folder, 2, dtype=str(dtype).removeprefix("torch."), num_blocks=num_blocks)
+            split = lab.SplitModel(
+                whole.folder, num_stages, dtype=str(dtype).removeprefix("torch."), num_blocks=num_blocks
+            )
         return whole, split
 
     return make
@@ -55,10 +58,10 @@ def layers_computed(monkeypatch):
     rows: list[int] = []
     compute = Product.layers
 
-    def layers(self, *args):
-        _, count, _, num_rows, _, _ = args
-        rows.extend([num_rows] * count)
-        compute(self, *args)
+    def layers(self, *args, **kwargs):
+        _, count, _ = args
+        rows.extend([kwargs["rows"]] * count)
+        compute(self, *args, **kwargs)
 
     monkeypatch.setattr(Product, "layers", layers)
     return rows
@@ -224,6 +227,138 @@ def test_a_recording_that_gives_another_bit_is_not_used(build, monkeypatch):
     monkeypatch.setattr(recording.RecordedRun, "result", wrong)
     _, split = build("llama")
     assert num_recorded(split) == 0
+
+
+# --- layers one after the other ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs_computed(monkeypatch):
+    """How many layers each call computed."""
+    counts: list[int] = []
+    compute = Product.layers
+
+    def layers(self, *args, **kwargs):
+        counts.append(args[1])
+        compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(Product, "layers", layers)
+    return counts
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mistral"])
+def test_the_layers_of_a_stage_are_computed_in_one_call(build, family, runs_computed):
+    _, split = build(family)
+    runs_computed.clear()
+    outputs_of(split, step_of([3, 9])[0])
+    assert runs_computed == [len(stage.layers) for stage in split.stages]
+
+
+def test_layers_with_other_windows_are_computed_in_calls_of_their_own(build, runs_computed):
+    _, split = build("gemma3_text")
+    windows = [window for stage in split.stages for window in stage._windows]
+    assert len(set(windows)) > 1
+    runs_computed.clear()
+    outputs_of(split, step_of([3, 9])[0])
+    assert len(runs_computed) > len(split.stages)
+    assert sum(runs_computed) == len(layers_of(split))
+
+
+def stand_before_the_second_layer(monkeypatch, hook):
+    """Somebody hooks himself there before a stage is ready."""
+    shorten = stage_module.shorten_loop
+
+    def hooked(model_layers, layers, *args, **kwargs):
+        layers[1].register_forward_pre_hook(hook)
+        return shorten(model_layers, layers, *args, **kwargs)
+
+    monkeypatch.setattr(stage_module, "shorten_loop", hooked)
+
+
+def test_a_layer_that_is_given_something_else_than_the_one_before_gave_is_computed_anew(
+    build, monkeypatch, runs_computed
+):
+    """What was computed of those behind it was in vain, and is not computed again."""
+    slices, _ = step_of([3, 9])
+    expected = outputs_of(build("llama", num_stages=1, records=False)[1], slices)
+    stand_before_the_second_layer(monkeypatch, lambda _, args: (args[0].clone(), *args[1:]))
+    _, split = build("llama", num_stages=1)
+    count = len(layers_of(split))
+    runs_computed.clear()
+    assert_same_bits(outputs_of(split, slices), expected)
+    assert runs_computed == [count, count - 1]
+    runs_computed.clear()
+    assert_same_bits(outputs_of(split, slices), expected)
+    assert runs_computed == [1, count - 1]
+
+
+def is_short(split):
+    """Whether each stage's model passes its layers in two calls."""
+    lists = [stage._model.get_submodule(stage._plan.layers) for stage in split.stages]
+    return [hasattr(layers, "shardwright_short_loop") for layers in lists]
+
+
+@contextmanager
+def calls_of(layers) -> Iterator[list[int]]:
+    """Which layers are called, in their order."""
+    called: list[int] = []
+    families = [type(layer) for layer in layers]
+    for index, layer in enumerate(layers):
+
+        def call(self, *args, index=index, **kwargs):
+            called.append(index)
+            return super(type(self), self).__call__(*args, **kwargs)
+
+        layer.__class__ = type("Called", (type(layer),), {"__call__": call})
+    try:
+        yield called
+    finally:
+        for layer, family in zip(layers, families, strict=True):
+            layer.__class__ = family
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_models_loop_goes_over_the_first_and_the_last_layer_of_a_run(build, num_stages):
+    _, split = build("llama", num_stages=num_stages, num_hidden_layers=8)
+    assert is_short(split) == [True] * num_stages
+    ends = [index for stage in split.stages for index in (stage.layers.start, stage.layers.end - 1)]
+    with calls_of(layers_of(split)) as called:
+        outputs_of(split, step_of([3, 9])[0])
+        assert called == ends
+        called.clear()
+        outputs_of(split, [prompt_behind(0, MAX_KERNEL_PROMPT_TOKENS + 1, 0, tuple(range(9)))])
+        assert called == list(range(8))
+
+
+def test_the_loop_over_layers_of_several_runs_stays_as_it_is(build):
+    _, split = build("gemma3_text", num_stages=1)
+    assert is_short(split) == [False]
+
+
+def test_a_loop_that_computes_something_else_when_it_is_shortened_is_left(build, monkeypatch):
+    ready = recording.RecordedRun.ready
+    monkeypatch.setattr(recording.RecordedRun, "ready", lambda self, index: ready(self, index) + 1)
+    _, split = build("llama")
+    assert is_short(split) == [False, False]
+
+
+def test_a_loop_that_can_not_do_with_fewer_layers_is_left(build, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise IndexError("this family's loop counts them")
+
+    monkeypatch.setattr(recording._RunLead, "forward", fail)
+    whole, split = build("llama")
+    assert is_short(split) == [False, False]
+    assert lab.are_within_rounding(whole.model, lab.RAGGED, lab.serve(split, lab.RAGGED))
+
+
+def test_a_loop_over_layers_that_somebody_listens_to_stays_as_it_is(build, monkeypatch):
+    stand_before_the_second_layer(monkeypatch, lambda *_: None)
+    _, split = build("llama", num_stages=1)
+    assert is_short(split) == [False]
+
+
+# --- lives ----------------------------------------------------------------------------------------
 
 
 def test_layers_do_not_live_longer_for_their_recordings(build):

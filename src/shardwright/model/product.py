@@ -191,15 +191,23 @@ class Product:
         return y
 
     def layers(
-        self, listed: int, count: int, bases: ctypes.Array[Any], rows: int, result_bytes: int, dtype: torch.dtype
+        self, listed: int, count: int, bases: ctypes.Array[Any], *, rows: int, result_bytes: int, dtype: torch.dtype
     ) -> None:
         """Compute recorded layers, each behind the one before it, for so many rows, all of which the kernel attends.
 
-        `listed` is the address of `count` lists of operations (`layer_plan.py`), `bases` holds the addresses behind which
-        the first one's operands lie. Each layer's result lies `result_bytes` behind that of the one before it.
+        `listed` is the address of `count` lists of operations (`layer_plan.py`), `bases` holds the addresses behind
+        which the first one's operands lie. Each layer's result lies `result_bytes` behind that of the one before it.
         """
         status = self._layers(
-            listed, count, bases, rows, result_bytes, _KINDS[dtype], torch.get_num_threads(), self._parallel, self._barrier
+            listed,
+            count,
+            bases,
+            rows,
+            result_bytes,
+            _KINDS[dtype],
+            torch.get_num_threads(),
+            self._parallel,
+            self._barrier,
         )
         if status == 1:
             raise MemoryError(f"no memory to attend {rows} rows")

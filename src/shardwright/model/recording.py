@@ -7,8 +7,9 @@ while a `Recorder` is told of every operation of torch and of the kernel. If all
 products of rows, `layer.cpp` computes the list; else the layer stays as it is. A recorded layer is used only where it
 gave the same bits as the layer itself, on rows of which there were more or fewer than in the recording.
 
-Recorded layers that follow each other and read the same arguments are computed in one call when a step comes to the first
-of them. The model's own loop goes on over them all the same, and finds each one's result ready.
+Recorded layers that follow each other and read the same arguments are computed in one call when a step comes to the
+first of them. The model's own loop goes on over them all the same, and finds each one's result ready; where the layers
+of a stage are all of one run, it can be made to go over the first and the last of them alone (`shorten_loop`).
 
 Layers keep their modules: steps with more than a few tokens of prompts run through them as ever.
 """
@@ -20,7 +21,7 @@ import functools
 import logging
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -171,11 +172,11 @@ class RecordedLayer:
 
 
 class RecordedRun:
-    """Layers that a step passes one after the other, ready to be computed for rows that the kernel attends each by itself.
+    """Layers that follow each other, ready to be computed for rows that the kernel attends each by itself.
 
-    The first that is asked for is computed with those behind it. Their results are given when they are asked for with the
-    very tensors that they were computed from. A layer that is asked for with others is computed anew, and the run ends
-    before it from then on.
+    The first that is asked for is computed with those behind it. Their results are given when they are asked for with
+    the very tensors that they were computed from. A layer that is asked for with others is computed anew, and the run
+    ends before it from then on.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class RecordedRun:
         self._layers = tuple(layers)
         self._product = product
         self._dtype = dtype
-        lists = [(ctypes.addressof(layer.records), len(layer.records)) for layer in layers]
+        lists = [Listed(ctypes.addressof(layer.records), len(layer.records)) for layer in layers]
         self._listed = (Listed * len(layers))(*lists)
         self._ends = [len(layers)] * len(layers)  # of what is computed with each
         self._bases = (ctypes.c_void_p * NUM_BASES)()
@@ -211,7 +212,7 @@ class RecordedRun:
     ) -> torch.Tensor | None:
         """What the layer of this index gives to [1, rows, width]; None where this step or these are not for the run."""
         batch = self._cell.batch
-        if batch is None or not batch.is_for_kernel:
+        if batch is None or not self.is_for(batch):
             return None
         leaves = self._layers[index].leaves(args, kwargs)
         if batch is self._batch and index in self._results:
@@ -222,10 +223,18 @@ class RecordedRun:
             return None
         return self._results[index]
 
+    def is_for(self, batch: StepBatch | None) -> bool:
+        """Whether this step is for the run, as far as the step itself tells."""
+        return batch is not None and batch.is_for_kernel and batch.num_tokens <= self._max_rows
+
+    def ready(self, index: int) -> torch.Tensor | None:
+        """The result of the layer of this index, where it was computed in this step."""
+        return self._results.get(index) if self._batch is not None and self._batch is self._cell.batch else None
+
     def _compute(self, index: int, batch: StepBatch, hidden: torch.Tensor, leaves: list[Any]) -> bool:
         rows = batch.num_tokens
         attended = batch.kernel_rows(self._window)
-        if rows > self._max_rows or attended is None or hidden.dtype != self._dtype or not hidden.is_contiguous():
+        if attended is None or hidden.dtype != self._dtype or not hidden.is_contiguous():
             return False
         bases = self._bases
         for given, leaf in zip(self._inputs, leaves, strict=True):
@@ -240,13 +249,14 @@ class RecordedRun:
         bases[SLOTS] = batch.slots.data_ptr()
         bases[TABLE] = attended.table.data_ptr()
         listed = ctypes.addressof(self._listed) + index * ctypes.sizeof(Listed)
-        self._product.layers(listed, count, bases, rows, hidden.nbytes, self._dtype)
+        self._product.layers(listed, count, bases, rows=rows, result_bytes=hidden.nbytes, dtype=self._dtype)
         self._batch, self._leaves = batch, leaves
         self._results = dict(enumerate(results.unbind(), start=index))
         return True
 
 
 _ATTRIBUTE: Final = "shardwright_recorded"
+_SHORT: Final = "shardwright_short_loop"
 
 
 @functools.cache
@@ -260,6 +270,85 @@ def _with_recording(family: type[nn.Module]) -> type[nn.Module]:
         return its_forward(self, hidden_states, *args, **kwargs) if given is None else given
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
+
+
+class _RunLead(nn.Module):
+    """Stands in the model's loop for all layers of a run.
+
+    Calls the first and the last as the loop would, with their hooks, and those between them only where the run did not
+    compute them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._run, _ = getattr(layers[0], _ATTRIBUTE)
+        self._layers = tuple(layers)  # which are the model's, not this module's
+
+    def __getattr__(self, name: str) -> Any:
+        """What the loop asks of a layer, like its `attention_type`, it shall hear from the first."""
+        if name in ("_run", "_layers"):
+            raise AttributeError(name)
+        return getattr(self._layers[0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As each of the layers."""
+        first, *between, last = self._layers
+        hidden: Any = first(hidden_states, *args, **kwargs)
+        ready = self._run.ready(len(self._layers) - 2)
+        if ready is None:
+            for layer in between:
+                hidden = layer(hidden, *args, **kwargs)
+        else:
+            hidden = ready
+        return last(hidden, *args, **kwargs)
+
+
+@functools.cache
+def _with_short_loop(family: type[nn.ModuleList]) -> type[nn.ModuleList]:
+    """A list whose slices, over which models loop, have the lead in place of the run in steps that are for the run."""
+
+    def getitem(self: Any, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return family.__getitem__(self, index)
+        run, cell, short = getattr(self, _SHORT)
+        return list(short if run.is_for(cell.batch) else self)[index]
+
+    return type(family.__name__, (family,), {"__getitem__": getitem, "__module__": family.__module__})
+
+
+def shorten_loop(
+    model_layers: nn.ModuleList,
+    layers: Sequence[nn.Module],
+    cell: BatchCell,
+    *,
+    end: nn.Module | None,
+    compute: Callable[[], torch.Tensor],
+) -> bool:
+    """Let the model's loop pass the layers of a stage in two calls, where they are of one run; whether it does then.
+
+    `end` stands behind them in the loop if anything does. Whether the family's loop bears it shows in `compute`, which
+    gives what comes of a step: it has to give the same bits.
+    """
+    runs = {id(getattr(layer, _ATTRIBUTE, (None, 0))[0]) for layer in layers}
+    if len(layers) < 2 or len(runs) > 1 or not hasattr(layers[0], _ATTRIBUTE):
+        return False
+    if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers[1:-1]):  # noqa: SLF001  no other name
+        return False
+    expected = compute()
+    family = type(model_layers)
+    run, _ = getattr(layers[0], _ATTRIBUTE)
+    lead = _RunLead(layers).eval()
+    model_layers.__dict__[_SHORT] = (run, cell, (lead,) if end is None else (lead, end))
+    model_layers.__class__ = _with_short_loop(family)  # type: ignore[arg-type]
+    try:
+        is_same = torch.equal(compute(), expected)
+    except Exception:  # noqa: BLE001  a loop may ask anything of a layer
+        is_same = False
+    if not is_same:
+        log.info("the model's loop over its layers stays as it is: it computes something else when it is shortened")
+        model_layers.__class__ = family
+        del model_layers.__dict__[_SHORT]
+    return is_same
 
 
 class LayerRecorder:

@@ -24,6 +24,7 @@ from shardwright.model.devices import check_dtype, resolve_device, to_device
 from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
+from shardwright.model.layer_plan import RECORDED_ROWS
 from shardwright.model.layer_progress import LayerProgress, layer_progress
 from shardwright.model.linear import PackedLinear, choose_linears, pack_linear
 from shardwright.model.norm import swap_norm
@@ -32,7 +33,7 @@ from shardwright.model.probe import AttentionFacts, KeyPath, OutputShape
 from shardwright.model.product import Product
 from shardwright.model.rank_plan import RankPlan, plan_ranks
 from shardwright.model.raw_tensors import RawTensors
-from shardwright.model.recording import LayerRecorder
+from shardwright.model.recording import LayerRecorder, shorten_loop
 from shardwright.model.rotary import swap_rotary
 from shardwright.model.sampler_state import SamplerStates, SequenceState
 from shardwright.model.sampling import sample, score, select_rows
@@ -382,9 +383,18 @@ class Stage:
             for hook in hooks:
                 hook.remove()
         recorder.finish()
+        if not self._leaving:
+            model_layers = self._model.get_submodule(self._plan.layers)
+            shorten_loop(
+                model_layers,
+                layers,
+                self._cell,
+                end=None if self.is_last else model_layers[len(model_layers) - 1],
+                compute=lambda: self._compute_nonsense(RECORDED_ROWS),
+            )
 
-    def _compute_nonsense(self, rows: int) -> None:
-        """One step of random tokens, each of a sequence that goes on behind those before it."""
+    def _compute_nonsense(self, rows: int) -> torch.Tensor:
+        """What leaves the last layer in a step of random tokens, each behind one token more than the one before it."""
         generator = torch.Generator().manual_seed(rows)
         tokens = torch.randint(self._vocabulary, (rows,), generator=generator).tolist()
         slices = [
@@ -401,8 +411,12 @@ class Stage:
             name: shape.unpack(torch.randn((rows, shape.size_per_token), generator=generator).to(self._dtype))
             for name, shape in self._arriving_shapes().items()
         }
-        with self._in_step(slices, received, ()) as batch, contextlib.suppress(StageEnd):
-            self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        with self._in_step(slices, received, ()) as batch:
+            try:
+                self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            except StageEnd as end:
+                return end.hidden
+        raise AssertionError("a step without logits went on behind the last layer")
 
     def _arriving_shapes(self) -> dict[str, OutputShape]:
         shapes = {} if self.is_first else {HIDDEN: self._plan.probed.hidden}
