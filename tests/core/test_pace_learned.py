@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from statistics import median
+from statistics import median, quantiles
 
 import pytest
 from timed_line import TrueStage
 from timed_master import HEARTBEAT_S, TimedMaster
+
+from shardwright.core.step_budget import GapWatch
+from shardwright.types import StepInput
 
 # as measured for Gemma-2B's shape, a core for each of two stages
 STAGE = TrueStage(base_s=0.09, sequence_s=0.004, token_s=0.004)
@@ -79,6 +82,33 @@ def test_a_burst_of_long_prompts_leaves_gaps_below_three_times_those_without(dec
     run.run_until(lambda: all(seq_id in run.times for seq_id in range(101, 109)))
     assert max(gaps(run, decodes, since=20.0)) < 3 * quiet
     assert run.now - 20 < 2 * 16000 * 2 * STAGE.token_s
+
+
+def slow_machine(now: float, _: StepInput) -> float:
+    """Something else runs beside it for five seconds of the burst."""
+    return 1.6 if 22 < now < 27 else 1.0
+
+
+def large_gap(*, num_stages: int) -> float:
+    """Which one gap of a hundred is larger, beside a burst of prompts of which each is longer than a chunk."""
+    run = TimedMaster(line=[STAGE] * num_stages, hindrance=slow_machine)
+    for seq_id in range(1, 5):
+        run.ask(seq_id, 20, new=3000)
+    run.run(20)
+    quiet = median(gaps(run, 4, since=10.0))
+    for seq_id in range(101, 105):
+        run.ask(seq_id, 2000, new=1)
+    run.run_until(lambda: all(seq_id in run.times for seq_id in range(101, 105)))
+    return quantiles(gaps(run, 4, since=20.0), n=100)[98] / quiet
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_machine_that_becomes_slower_gets_smaller_chunks_before_its_report_tells(num_stages, monkeypatch):
+    """Reports come once a second, as means by shape. Gaps are seen at once."""
+    watched = large_gap(num_stages=num_stages)
+    monkeypatch.setattr(GapWatch, "took", lambda *_, **__: None)
+    assert watched < 0.85 * large_gap(num_stages=num_stages)
+    assert watched < 3
 
 
 def test_a_burst_before_anything_was_measured_is_met_with_care():

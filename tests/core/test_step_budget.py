@@ -10,6 +10,7 @@ from shardwright.core.step_budget import (
     ChunkLimit,
     ChunkRamp,
     ContextCost,
+    GapWatch,
     PromptBudget,
     chunk_limit,
     decode_gap_s,
@@ -171,3 +172,43 @@ def test_chunks_grow_by_no_more_than_twice_what_was_measured():
 def test_the_gap_without_prompts_is_that_of_the_best_number_of_steps():
     assert decode_gap_s([pace(), pace()], num_decodes=8) == pytest.approx(0.2)
     assert decode_gap_s([pace(), StagePace(num_sharing=1, times=StepTimes())], num_decodes=8) is None
+
+
+# --- gaps that are longer than promised --------------------------------------------------------------
+
+
+def share_after(*gaps_s: float, num_steps: int = 1) -> list[float]:
+    """What chunks may have of their limit behind each of these gaps, where 0.2 s were promised."""
+    watch = GapWatch()
+    shares = []
+    for gap_s in gaps_s:
+        watch.took(gap_s, most_s=0.2, num_steps=num_steps)
+        shares.append(watch.share)
+    return shares
+
+
+def test_gaps_that_keep_the_promise_hold_nothing_back():
+    assert share_after(0.1, 0.19, 0.2, 0.1) == [1.0] * 4
+
+
+def test_one_long_gap_is_passed_over_and_two_hold_chunks_back_by_the_shorter_one():
+    assert share_after(0.4, 0.1, 0.4, 0.1) == [1.0] * 4
+    assert share_after(0.8, 0.4) == pytest.approx([1.0, 0.5])
+
+
+def test_chunks_grow_again_where_gaps_are_clearly_shorter_than_promised():
+    assert share_after(0.4, 0.4, 0.199, 0.1, 0.1) == pytest.approx([1.0, 0.5, 0.5, 0.55, 0.605])
+    assert share_after(0.4, 0.4, *[0.1] * 20)[-1] == 1.0
+
+
+def test_steps_that_were_sent_before_are_not_held_against_the_smaller_chunks():
+    assert share_after(0.4, 0.4, 0.4, 0.4, num_steps=2) == pytest.approx([1.0, 0.5, 0.5, 0.25])
+
+
+def test_chunks_are_never_held_back_altogether():
+    assert share_after(*[9.0] * 9)[-1] == 0.125
+    watch = GapWatch()
+    assert watch.held_back(ChunkLimit(100, 200)) == ChunkLimit(100, 200)
+    for _ in range(2):
+        watch.took(0.4, most_s=0.2, num_steps=1)
+    assert watch.held_back(ChunkLimit(100, 200)) == ChunkLimit(50, 100)

@@ -26,6 +26,7 @@ class TimedMaster:
     same_host: bool = False
     slowdown: Callable[[int], float] = lambda _: 1.0  # of stages that share a device, by concurrency
     noise: float = 0.03
+    hindrance: Callable[[float, StepInput], float] = lambda _now, _step: 1.0  # what else makes a step so much longer
     changes: dict[str, object] = field(default_factory=dict)  # of the master's settings
     times: dict[int, list[float]] = field(default_factory=dict)
     choices: list[tuple[float, int]] = field(default_factory=list)  # steps in flight that steps were sent with
@@ -82,6 +83,7 @@ class TimedMaster:
             self._links_free[index] = starts + stage.link_token_s * step.num_tokens
             arrives = self._links_free[index] + stage.delay_s
             seconds = stage.step_s(size, step.num_tokens - size) * self.slowdown(concurrency)
+            seconds *= self.hindrance(self.now, step)
             seconds *= 1 + self._dice.uniform(-self.noise, self.noise)
             shape = (index, step.num_tokens > size)
             if shape not in self._seen:  # its first step prepares things

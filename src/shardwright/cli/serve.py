@@ -22,6 +22,7 @@ from shardwright.cli.console import INTERRUPTED, say, warn
 from shardwright.cli.start import session_for
 from shardwright.config import MasterConfig, ServeConfig
 from shardwright.errors import ClusterError, ConfigError
+from shardwright.runtime.lasting_imports import import_for_good
 
 if TYPE_CHECKING:
     from shardwright.engine import ServedModel
@@ -175,6 +176,7 @@ async def run_server(
     with _Signals() as signals:
         try:
             async with session_for(config, local_workers=local_workers, options=options) as session:
+                import_for_good("shardwright.api.app")
                 from shardwright.api.app import create_app
                 from shardwright.api.server import serve as serve_app
 

@@ -21,6 +21,7 @@ from shardwright.core.step_budget import (
     ChunkLimit,
     ChunkRamp,
     ContextCost,
+    GapWatch,
     PromptBudget,
     chunk_limit,
     decode_gap_s,
@@ -36,7 +37,7 @@ from shardwright.core.step_times import (
 )
 from shardwright.types import StageAssignment, StepId, StepInput, StepTiming, WorkerId
 
-MAX_GAP_RATIO = 2.0
+MAX_GAP_RATIO = 1.75
 """A decode's gap under prompts may be so many times its gap without: below the 3 that are promised."""
 
 _TRIPS_KEPT = 15
@@ -73,6 +74,16 @@ class _Trip:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A step under way."""
+
+    at: float
+    num_steps: int  # meant to be in flight
+    most_gap_s: float | None  # promised to its decodes; None where it has none beside prompts, or nothing is known
+    trip: _Trip | None  # without its time; None where it is behind another
+
+
 class Pacing:
     """Measurements of one pipeline and the choices that follow from them."""
 
@@ -90,7 +101,7 @@ class Pacing:
         self._max_gap_ratio = max_gap_ratio
         self._whole_chunk = context.effective(token_budget, prefix=0)
         self._times = {stage.worker_id: StepTimes() for stage in stages}
-        self._underway: dict[StepId, _Trip | None] = {}  # None: behind another; its `seconds` are when it was sent
+        self._underway: dict[StepId, _Sent] = {}
         self._contexts: dict[int, deque[float]] = {}  # effective over real prompt tokens, by octave of these
         self._small: deque[_Trip] = deque(maxlen=_TRIPS_KEPT)
         self._large: deque[_Trip] = deque(maxlen=_TRIPS_KEPT)
@@ -99,6 +110,8 @@ class Pacing:
         self._gaps: dict[int, float | None] = {}  # by number of decodes
         self._limits: dict[tuple[int, int], ChunkLimit] = {}  # by number of decodes and steps in flight
         self._ramp = ChunkRamp()
+        self._watch = GapWatch()
+        self._promised_s: float | None = None  # to the decodes of the step that is being made
         self._num_mixed = 0  # steps since the last one of decodes alone
         self._choices: dict[Mix, int] = {}
         self._last_choices: dict[Mix, int] = {}  # before the last measurement
@@ -149,15 +162,20 @@ class Pacing:
         elif len(chunks) < num_sequences:
             self._num_mixed += 1
         shape = StepShape(num_sequences=num_sequences, prompt_tokens=beyond)
-        trip = _Trip(shape, step.num_tokens, step.steps_in_flight, now)
-        self._underway[step.step] = None if self._underway else trip
+        trip = None if self._underway else _Trip(shape, step.num_tokens, step.steps_in_flight, 0.0)
+        is_mixed = 0 < len(chunks) < num_sequences
+        self._underway[step.step] = _Sent(now, step.steps_in_flight, self._promised_s if is_mixed else None, trip)
 
     def back(self, step: StepId, now: float) -> None:
         """The step's answer has come. Unknown steps are ignored."""
-        trip = self._underway.pop(step, None)
-        if trip is not None:
-            trips = self._large if trip.num_tokens >= _MANY_TOKENS else self._small
-            trips.append(replace(trip, seconds=now - trip.seconds))
+        sent = self._underway.pop(step, None)
+        if sent is None:
+            return
+        if sent.most_gap_s is not None:
+            self._watch.took(now - sent.at, most_s=sent.most_gap_s, num_steps=sent.num_steps)
+        if sent.trip is not None:
+            trips = self._large if sent.trip.num_tokens >= _MANY_TOKENS else self._small
+            trips.append(replace(sent.trip, seconds=now - sent.at))
 
     def _measured_paces(self) -> list[StagePace]:
         bare = [StagePace(num_sharing=s.num_sharing, times=self._times[s.worker_id]) for s in self._stages]
@@ -212,13 +230,14 @@ class Pacing:
         of the step's token budget after its own decodes.
         """
         limit = self._limit(num_decodes, num_steps)
+        self._promised_s = self._most_gap(num_decodes)
         if num_decodes == 0:
             return PromptBudget(self._context, effective=limit.evenly, tokens=tokens)
         if tokens < self._token_budget:  # there are decodes in this step
-            every = _BARE_EVERY_UNKNOWN if self._most_gap(num_decodes) is None else _BARE_EVERY
+            every = _BARE_EVERY_UNKNOWN if self._promised_s is None else _BARE_EVERY
             if self._num_mixed + 1 >= every or self._ramp.is_fewer(num_steps):
                 return PromptBudget(self._context, effective=0.0, tokens=0)
-        allowed = self._ramp.allowed(limit, num_steps=num_steps)
+        allowed = self._ramp.allowed(self._watch.held_back(limit), num_steps=num_steps)
         return PromptBudget(self._context, effective=allowed, tokens=tokens)
 
     def _limit(self, num_decodes: int, num_steps: int) -> ChunkLimit:

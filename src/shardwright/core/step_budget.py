@@ -47,6 +47,15 @@ LEAST_TOKENS = 8
 _RAMP = 2.0
 """A step takes at most so many times the prompt tokens that were measured: its time may grow faster than theirs."""
 
+_LEAST_SHARE = 0.125
+"""Chunks are not held back below this part of what the measurements allow."""
+
+_RECOVERY = 1.1
+"""Held back chunks grow by this factor with each step that keeps the promise again."""
+
+_CLEARLY = 0.95
+"""It keeps it where its gap is below so much of the promised one: near that, chunks stay as they are."""
+
 _GROWTH = 1.25
 """A step takes at most so many times the prompt tokens of each step of the round before, unless fewer fit at once."""
 
@@ -211,3 +220,33 @@ class ChunkRamp:
         if num_steps == self._num_steps and len(self._taken) >= num_steps:
             grown = _GROWTH * min(itertools.islice(reversed(self._taken), num_steps))
         return min(limit.evenly, max(limit.at_once, grown))
+
+
+class GapWatch:
+    """Holds chunks back while decodes beside them wait longer than promised.
+
+    Stages report their times by shape, as means, about once a second. What a machine that has become slower, or an
+    attention dearer than it was counted, does to gaps shows here at once. One slow step is none of these: it takes two.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        """Of what the measurements allow a chunk may have so much."""
+        self._before = 0.0  # the last step's gap over the promised one
+        self._num_underway = 0  # steps that were sent before the share became less
+
+    def took(self, gap_s: float, *, most_s: float, num_steps: int) -> None:
+        """A step with decodes and a chunk is back, with so many meant to be in flight; call it in their order."""
+        ratio = gap_s / most_s
+        excess, self._before = min(ratio, self._before), ratio
+        if self._num_underway:
+            self._num_underway -= 1
+        elif excess > 1.0:
+            self.share = max(self.share / excess, _LEAST_SHARE)
+            self._num_underway = num_steps - 1
+        elif ratio < _CLEARLY:
+            self.share = min(self.share * _RECOVERY, 1.0)
+
+    def held_back(self, limit: ChunkLimit) -> ChunkLimit:
+        """What is left of a limit."""
+        return ChunkLimit(at_once=limit.at_once * self.share, evenly=limit.evenly * self.share)

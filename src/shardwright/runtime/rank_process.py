@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from shardwright.errors import ShardwrightError
+from shardwright.runtime.lasting_imports import import_for_good
 from shardwright.runtime.rank_channel import Channel, Kind, Message
 from shardwright.runtime.stage_build import stage_builder
 from shardwright.runtime.step_watch import device_state
@@ -61,7 +62,7 @@ class Rank:
         """Do what rank 0 says until it is gone."""
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="beats", daemon=True).start()
-        import shardwright.model.stage  # noqa: F401  takes seconds, in which rank 0 has the same to do
+        import_for_good("shardwright.model.stage")  # takes seconds, in which rank 0 has the same to do
 
         while True:
             message = self._inbox.get()

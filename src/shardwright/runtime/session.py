@@ -36,6 +36,7 @@ from shardwright.errors import (
 from shardwright.model.checkpoint import Checkpoint
 from shardwright.observation import ClusterView
 from shardwright.runtime.grammar_check import GrammarCheck
+from shardwright.runtime.lasting_imports import import_for_good
 from shardwright.runtime.master import MasterEngine
 from shardwright.runtime.metrics import MetricsWriter
 from shardwright.runtime.metrics_log import MetricsLog
@@ -144,6 +145,7 @@ async def open_model(config: MasterConfig, listener: SessionListener) -> OpenMod
 
 
 def _open_model(config: MasterConfig, listener: SessionListener, stop: threading.Event) -> OpenModel:
+    import_for_good("shardwright.model.families")
     from shardwright.model.families import model_costs, plan_family, read_config
 
     def downloading(what: str, done_bytes: int, total_bytes: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from shardwright.config import WorkerConfig
 from shardwright.errors import ClusterError, ConfigError
 from shardwright.runtime.kernel_cache import KernelCache
+from shardwright.runtime.lasting_imports import import_for_good
 from shardwright.runtime.measure import resolve_device
 from shardwright.runtime.probe import Machine
 from shardwright.runtime.step_watch import StepWatch
@@ -123,6 +123,7 @@ def _build_kernel(config: WorkerConfig) -> None:
 
     Raises `ConfigError` for a device that is not there.
     """
+    import_for_good("torch")
     if resolve_device(config.device).type == "cpu":
         from shardwright.model.product import find_product
 
@@ -210,4 +211,4 @@ async def run_worker(
 
 def _import_model_code() -> None:
     """Load the modules that stages are built with, which takes seconds."""
-    importlib.import_module("shardwright.model.stage")
+    import_for_good("shardwright.model.stage")
