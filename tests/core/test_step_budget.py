@@ -205,6 +205,13 @@ def test_steps_that_were_sent_before_are_not_held_against_the_smaller_chunks():
     assert share_after(0.4, 0.4, 0.4, 0.4, num_steps=2) == pytest.approx([1.0, 0.5, 0.5, 0.25])
 
 
+def test_where_decodes_take_no_time_no_gap_is_too_long():
+    watch = GapWatch()
+    for _ in range(2):
+        watch.took(0.4, most_s=0.0, num_steps=1)
+    assert watch.share == 1.0
+
+
 def test_chunks_are_never_held_back_altogether():
     assert share_after(*[9.0] * 9)[-1] == 0.125
     watch = GapWatch()

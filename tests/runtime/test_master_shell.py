@@ -227,3 +227,13 @@ async def test_a_worker_that_is_silent_is_lost_at_its_time(pipeline):
         start = asyncio.get_running_loop().time()
         await until(lambda: not engine.snapshot().ready)
         assert 0.2 < asyncio.get_running_loop().time() - start < 1.0
+
+
+async def test_workers_are_asked_for_heartbeats_at_different_moments(pipeline):
+    """All at first, then half an interval apart: what that costs must not come to one step."""
+    async with fake_master(pipeline, heartbeat_interval_s=0.3):
+        await until(lambda: len(pipeline.heard_at) >= 6)
+    when = {name: [at for who, at in pipeline.heard_at if who == name] for name in ("a", "b")}
+    assert abs(when["a"][0] - when["b"][0]) < 0.1
+    for one, other in zip(when["a"][1:3], when["b"][1:3], strict=True):
+        assert other - one == pytest.approx(0.15, abs=0.1)

@@ -90,6 +90,17 @@ def test_without_limits_the_machines_memory_stays(cgroups):
     assert machine_memory().total == psutil.virtual_memory().total
 
 
+def test_only_of_a_group_with_a_limit_the_kernel_is_asked_what_it_uses(cgroups, monkeypatch):
+    for folder, limit in (("app", "max\n"), ("app/worker", f"{GIB}\n"), ("memory/pod", f"{10**6 * GIB}\n")):
+        cgroups(f"{folder}/memory.max", limit)
+        cgroups(f"{folder}/memory.current", "17\n")
+        cgroups(f"{folder}/memory.stat", "inactive_file 3\n")
+    read, asked = measure._read, []
+    monkeypatch.setattr(measure, "_read", lambda path: (asked.append(path), read(path))[1])
+    assert machine_memory().total == GIB
+    assert [path.parent.name for path in asked if path.name == "memory.stat"] == ["worker"]
+
+
 @pytest.mark.parametrize(
     ("file", "text", "cores"),
     [("app/cpu.max", "150000 100000\n", 2), ("app/cpu.max", "max 100000\n", 4), ("app/cpu.max", "10000 100000\n", 1)],

@@ -26,6 +26,7 @@ from shardwright.model import stage as stage_module
 from shardwright.model.offload import OffloadCounts
 from shardwright.model.stage import StageOutput
 from shardwright.runtime import held_stage
+from shardwright.runtime import worker as worker_module
 from shardwright.runtime.measure import Speed
 from shardwright.runtime.raw_source import BlobsBeside, blob_spec
 from shardwright.runtime.tensor_cache import TensorCache
@@ -494,6 +495,28 @@ async def test_the_time_that_the_machine_takes_to_answer_lies_between_the_clocks
     worker.probe.slowness_s = 0.05
     report = await worker.client.heartbeat(timeout_s=T)
     assert report.clock_sent_s - report.clock_received_s >= 0.05
+
+
+async def test_the_machine_is_asked_when_the_step_that_is_computed_is_over(worker, monkeypatch):
+    monkeypatch.setattr(worker_module, "MOST_WAIT_FOR_STEP_S", T)
+    link, replies = await in_a_step(worker)
+    asked = asyncio.ensure_future(worker.client.heartbeat(timeout_s=T))
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    worker.stage.open_.set()
+    assert (await asked).steps_done == 1
+    link.send(None)
+    await replies
+
+
+async def test_a_long_step_holds_up_no_heartbeat(worker, monkeypatch):
+    monkeypatch.setattr(worker_module, "MOST_WAIT_FOR_STEP_S", 0.02)
+    link, replies = await in_a_step(worker)
+    for _ in range(2):
+        assert (await worker.client.heartbeat(timeout_s=T)).steps_done == 0
+    worker.stage.open_.set()
+    link.send(None)
+    await replies
 
 
 async def test_what_was_read_of_offloaded_weights_is_counted_over_stages(worker):

@@ -56,7 +56,7 @@ class FakePipeline:
     steps: list[StepInput] = field(default_factory=list)  # that arrived
     open_: asyncio.Event = field(default_factory=asyncio.Event)  # steps are answered while it is set
     heartbeats: asyncio.Event = field(default_factory=asyncio.Event)  # and heartbeats while this is
-    num_heartbeats: int = 0
+    heard_at: list[tuple[str, float]] = field(default_factory=list)  # who was asked for a heartbeat, and when
     _results: asyncio.Queue[StepResult | None] = field(default_factory=asyncio.Queue)
     _prompts: dict[int, list[int]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
@@ -112,8 +112,9 @@ class FakeWorker:
 
     address = "fake:1"
 
-    def __init__(self, pipeline: FakePipeline) -> None:
+    def __init__(self, pipeline: FakePipeline, name: str) -> None:
         self._pipeline = pipeline
+        self._name = name
 
     def process_layers(self, outgoing):
         return self._pipeline.answer_steps(outgoing)
@@ -122,7 +123,7 @@ class FakeWorker:
         return self._pipeline.results()
 
     async def heartbeat(self, *, timeout_s, traces_since=None):
-        self._pipeline.num_heartbeats += 1
+        self._pipeline.heard_at.append((self._name, asyncio.get_running_loop().time()))
         await self._pipeline.heartbeats.wait()
         return REPORT
 
@@ -167,7 +168,7 @@ async def fake_master(
 
     engine = MasterEngine(
         MasterState(CoreSettings(**(values | settings)), COSTS),
-        {capacity.worker_id: FakeWorker(pipeline) for capacity in capacities},
+        {capacity.worker_id: FakeWorker(pipeline, capacity.worker_id) for capacity in capacities},
         load,
         heartbeat_interval_s=heartbeat_interval_s,
         heartbeat_timeout_s=timeout_s,

@@ -237,6 +237,8 @@ class GapWatch:
 
     def took(self, gap_s: float, *, most_s: float, num_steps: int) -> None:
         """A step with decodes and a chunk is back, with so many meant to be in flight; call it in their order."""
+        if most_s <= 0.0:  # decodes took no time that a clock could tell
+            return
         ratio = gap_s / most_s
         excess, self._before = min(ratio, self._before), ratio
         if self._num_underway:

@@ -191,11 +191,12 @@ class MasterEngine:
             self._num_joins[capacity.worker_id] += 1
             self._handle(WorkerJoined(capacity=capacity))
         self._handle(Deploy())
-        for worker_id in self._workers:
+        for index, worker_id in enumerate(self._workers):
             is_wanted = self._introduce is not None or self._state.is_there(worker_id)
             if is_wanted and worker_id not in self._watched:
                 self._watched.add(worker_id)
-                self._spawn(self._watch(worker_id), f"heartbeat of {worker_id}")
+                apart_s = self._heartbeat_interval_s * index / len(self._workers)
+                self._spawn(self._watch(worker_id, apart_s=apart_s), f"heartbeat of {worker_id}")
         return await self._ready
 
     async def __aenter__(self) -> Self:
@@ -557,7 +558,11 @@ class MasterEngine:
         if num_joins == self._num_joins[worker_id]:
             self._handle(WorkerLost(worker_id=worker_id, reason=reason))
 
-    async def _watch(self, worker_id: WorkerId) -> None:
+    async def _watch(self, worker_id: WorkerId, *, apart_s: float) -> None:
+        """Beat once in each interval; all but the first time so much later, since all workers' first beats are at once.
+
+        What a heartbeat costs, here and there, would otherwise come to one and the same step.
+        """
         while True:
             if self._state.is_there(worker_id):
                 await self._beat(worker_id)
@@ -565,7 +570,8 @@ class MasterEngine:
                 await self._take_back(worker_id, self._introduce)
             else:
                 return
-            await asyncio.sleep(self._heartbeat_interval_s)
+            await asyncio.sleep(self._heartbeat_interval_s + apart_s)
+            apart_s = 0.0
 
     async def _take_back(self, worker_id: WorkerId, introduce: Introducer) -> None:
         """Ask a worker that is lost, or was never there, whether it can be used (again)."""

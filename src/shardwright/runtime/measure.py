@@ -115,8 +115,8 @@ def machine_memory() -> Memory:
     machine = psutil.virtual_memory()
     total, available = int(machine.total), int(machine.available)
     for folder in _cgroup_folders("memory"):
-        limit, used, reclaimable = _cgroup_memory(folder)
-        if limit is not None and limit < machine.total:
+        limit, used, reclaimable = _cgroup_memory(folder, below=int(machine.total))
+        if limit is not None:
             total = min(total, limit)
             available = min(available, max(limit - used + reclaimable, 0))
     return Memory(total=total, available=available)
@@ -128,8 +128,11 @@ def offered_bytes(memory: Memory, *, limit_bytes: int) -> int:
     return min(offered, limit_bytes) if limit_bytes > 0 else offered
 
 
-def _cgroup_memory(folder: Path) -> tuple[int | None, int, int]:
-    """(limit, used, of that file cache that the kernel gives back when asked); version 2, then version 1."""
+def _cgroup_memory(folder: Path, *, below: int) -> tuple[int | None, int, int]:
+    """(limit, used, of that file cache that the kernel gives back when asked); version 2, then version 1.
+
+    None where there is no limit below this one. The rest is not read then: the kernel adds it up for whoever asks.
+    """
     for limit_file, used_file, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -137,9 +140,11 @@ def _cgroup_memory(folder: Path) -> tuple[int | None, int, int]:
         limit = (_read(folder / limit_file) or "").strip()
         if not limit:
             continue
+        if not limit.isdigit() or int(limit) >= below:
+            return None, 0, 0
         used = (_read(folder / used_file) or "").strip()
         match = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
-        if limit.isdigit() and used.isdigit():
+        if used.isdigit():
             return int(limit), int(used), int(match.group(1)) if match else 0
         return None, 0, 0
     return None, 0, 0

@@ -92,6 +92,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_WAIT_FOR_STEP_S = 0.1
+"""A heartbeat waits so long for the end of the step that is computed."""
+
 ACK_INTERVAL = LINK_WINDOW // 4
 """Steps for which one acknowledgement goes back: each would wake a process whose cores the next stage now uses."""
 
@@ -198,6 +201,8 @@ class WorkerShell:
         self._loading: StageLoad | None = None  # the last load that was begun
         self._interrupted: Epoch | None = None  # a load whose call broke: the master may take it up again
         self._open_links = 0
+        self._num_computing = 0  # steps on the compute thread, or waiting for it
+        self._computed = asyncio.Event()  # one of them is over
         self._compute = compute
         self._builder = StageBuilder(
             device=device,
@@ -234,10 +239,22 @@ class WorkerShell:
         if traces_since is not None:
             timings = held.clock.take() if held is not None else ()
             traces, next_trace = self._recorder.traces(traces_since)
+        await self._step_over()
         report = await asyncio.to_thread(self._report, held, timings)
         return replace(
             report, traces=traces, next_trace=next_trace, clock_received_s=received_s, clock_sent_s=self._now()
         )
+
+    async def _step_over(self) -> None:
+        """Wait until no step is computed, or for a moment only.
+
+        Who asks the machine needs the interpreter for some milliseconds, in turns with the step: it would take longer
+        by more than that.
+        """
+        if self._num_computing:
+            self._computed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._computed.wait(), MOST_WAIT_FOR_STEP_S)
 
     def report(self) -> HeartbeatReport:
         """All counters now, without traces, timings and clocks; takes nothing away. Blocks while the machine is asked.
@@ -574,9 +591,12 @@ class WorkerShell:
                 loop.call_soon_threadsafe(self._on_computed, key, future)
 
         # Straight to the thread and straight back: a task in between would cost a turn of the loop at each end.
+        self._num_computing += 1
         self._compute.submit(self._forward, held, step).add_done_callback(tell)
 
     def _on_computed(self, key: StepKey, future: Future[ComputedStep]) -> None:
+        self._num_computing -= 1
+        self._computed.set()
         if self._closed:
             return
         exc = future.exception()  # the top of the step: whatever went wrong becomes an event
