@@ -1,6 +1,8 @@
 """Our own kernel computes products as exactly as float32 sums allow, each row by itself, or is not used at all."""
 
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,6 +163,43 @@ def test_the_fastest_form_is_measured_once(product, kernels, monkeypatch, caplog
     linear_module._choose.cache_clear()
     times["own kernel"] = 9.0
     assert choose_linears(torch.bfloat16, torch.device("cpu"), kernels).product is None
+    linear_module._choose.cache_clear()
+
+
+def compute_for(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_form_that_stood_in_line_while_it_was_timed_is_not_thought_slow():
+    def short_but_interrupted(_):
+        compute_for(0.002)
+        time.sleep(0.05)
+
+    forms = {"interrupted": short_but_interrupted, "slower": lambda _: compute_for(0.01)}
+    seconds = linear_module._time(forms, torch.ones(1))
+    assert 0.002 <= seconds["interrupted"] < seconds["slower"]
+
+
+def test_what_a_form_computes_on_other_threads_counts():
+    def with_a_helper(_):
+        helper = threading.Thread(target=compute_for, args=(0.02,))
+        helper.start()
+        helper.join()
+
+    seconds = linear_module._time({"helped": with_a_helper}, torch.ones(1))
+    assert seconds["helped"] >= 0.02 / torch.get_num_threads()
+
+
+def test_our_kernel_is_taken_where_it_is_hardly_slower(product, kernels, monkeypatch):
+    """With it a layer needs fewer calls, too."""
+    monkeypatch.setattr(linear_module, "_TRIED_SHAPE", (64, 64))
+    for own, expected in ((1.09, product), (1.11, None)):
+        times = {"plain": 1.0, "own kernel": own, "packed": 2.0}
+        monkeypatch.setattr(linear_module, "_time", lambda forms, _, times=times: {form: times[form] for form in forms})
+        linear_module._choose.cache_clear()
+        assert choose_linears(torch.bfloat16, torch.device("cpu"), kernels).product is expected
     linear_module._choose.cache_clear()
 
 
