@@ -109,34 +109,35 @@ def test_when_fewer_steps_are_to_be_in_flight_decodes_that_waited_for_it_go_with
     assert pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=100) > 0
 
 
-def test_chunks_beside_decodes_become_smaller_while_these_wait_longer_than_promised():
+def beside_decodes() -> Pacing:
+    """A stage of which steps of eight decodes were measured, alone and with a chunk."""
     pacing = pipeline("a")
     mixed = StepTiming(num_sequences=8, num_tokens=264, mean_s=0.356, count=9)
     pacing.heard("a", [timing(8, 0.1), mixed])
+    return pacing
 
-    def granted() -> int:
-        return pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=504)
 
-    allowed = granted()
+def granted(pacing: Pacing) -> int:
+    """Tokens of a new prompt that a step with these decodes may take."""
+    return pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=504)
+
+
+def test_chunks_beside_decodes_become_smaller_while_these_wait_longer_than_promised():
+    pacing = beside_decodes()
+    allowed = granted(pacing)
     for number in (1, 2):
         pacing.sent(step(number, tokens=allowed), float(number))
-        assert granted() == allowed
+        assert granted(pacing) == allowed
         pacing.back(number, number + 2 * MAX_GAP_RATIO * 0.1)
-    assert granted() == pytest.approx(allowed / 2, abs=1)
+    assert granted(pacing) == pytest.approx(allowed / 2, abs=1)
 
 
 def test_a_step_of_decodes_alone_or_of_prompts_alone_holds_no_chunk_back():
-    pacing = pipeline("a")
-    mixed = StepTiming(num_sequences=8, num_tokens=264, mean_s=0.356, count=9)
-    pacing.heard("a", [timing(8, 0.1), mixed])
-
-    def granted() -> int:
-        return pacing.prompt_budget(num_decodes=8, num_steps=1, tokens=504).grant(prefix=0, wanted=504)
-
-    allowed = granted()
+    pacing = beside_decodes()
+    allowed = granted(pacing)
     for number in (1, 2, 3):
         pacing.sent(step(number), float(number))
         pacing.back(number, number + 0.9)
         pacing.sent(step(number + 10, sequences=1, tokens=100), number + 0.9)
         pacing.back(number + 10, number + 0.99)
-        assert granted() == allowed
+        assert granted(pacing) == allowed

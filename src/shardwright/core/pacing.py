@@ -157,13 +157,13 @@ class Pacing:
         if chunks:
             self._contexts.setdefault(octave(extra), deque(maxlen=_CONTEXTS_KEPT)).append(beyond / extra)
         self._ramp.sent(num_steps=step.steps_in_flight, prompt_tokens=effective)
+        is_mixed = 0 < len(chunks) < num_sequences
         if not chunks:
             self._num_mixed = 0
-        elif len(chunks) < num_sequences:
+        elif is_mixed:
             self._num_mixed += 1
         shape = StepShape(num_sequences=num_sequences, prompt_tokens=beyond)
         trip = None if self._underway else _Trip(shape, step.num_tokens, step.steps_in_flight, 0.0)
-        is_mixed = 0 < len(chunks) < num_sequences
         self._underway[step.step] = _Sent(now, step.steps_in_flight, self._promised_s if is_mixed else None, trip)
 
     def back(self, step: StepId, now: float) -> None:

@@ -211,8 +211,8 @@ class RecordedRun:
         self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
         """What the layer of this index gives to [1, rows, width]; None where this step or these are not for the run."""
-        batch = self._cell.batch
-        if batch is None or not self.is_for(batch):
+        batch = self.step()
+        if batch is None:
             return None
         leaves = self._layers[index].leaves(args, kwargs)
         if batch is self._batch and index in self._results:
@@ -223,13 +223,14 @@ class RecordedRun:
             return None
         return self._results[index]
 
-    def is_for(self, batch: StepBatch | None) -> bool:
-        """Whether this step is for the run, as far as the step itself tells."""
-        return batch is not None and batch.is_for_kernel and batch.num_tokens <= self._max_rows
+    def step(self) -> StepBatch | None:
+        """The step that is computed now, where it is for the run as far as the step itself tells."""
+        batch = self._cell.batch
+        return batch if batch is not None and batch.is_for_kernel and batch.num_tokens <= self._max_rows else None
 
     def ready(self, index: int) -> torch.Tensor | None:
         """The result of the layer of this index, where it was computed in this step."""
-        return self._results.get(index) if self._batch is not None and self._batch is self._cell.batch else None
+        return self._results.get(index) if self._batch is self._cell.batch else None
 
     def _compute(self, index: int, batch: StepBatch, hidden: torch.Tensor, leaves: list[Any]) -> bool:
         rows = batch.num_tokens
@@ -310,8 +311,8 @@ def _with_short_loop(family: type[nn.ModuleList]) -> type[nn.ModuleList]:
     def getitem(self: Any, index: Any) -> Any:
         if not isinstance(index, slice):
             return family.__getitem__(self, index)
-        run, cell, short = getattr(self, _SHORT)
-        return list(short if run.is_for(cell.batch) else self)[index]
+        run, short = getattr(self, _SHORT)
+        return list(self if run.step() is None else short)[index]
 
     return type(family.__name__, (family,), {"__getitem__": getitem, "__module__": family.__module__})
 
@@ -319,7 +320,6 @@ def _with_short_loop(family: type[nn.ModuleList]) -> type[nn.ModuleList]:
 def shorten_loop(
     model_layers: nn.ModuleList,
     layers: Sequence[nn.Module],
-    cell: BatchCell,
     *,
     end: nn.Module | None,
     compute: Callable[[], torch.Tensor],
@@ -338,7 +338,7 @@ def shorten_loop(
     family = type(model_layers)
     run, _ = getattr(layers[0], _ATTRIBUTE)
     lead = _RunLead(layers).eval()
-    model_layers.__dict__[_SHORT] = (run, cell, (lead,) if end is None else (lead, end))
+    model_layers.__dict__[_SHORT] = (run, (lead,) if end is None else (lead, end))
     model_layers.__class__ = _with_short_loop(family)  # type: ignore[arg-type]
     try:
         is_same = torch.equal(compute(), expected)

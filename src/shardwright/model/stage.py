@@ -388,7 +388,6 @@ class Stage:
             shorten_loop(
                 model_layers,
                 layers,
-                self._cell,
                 end=None if self.is_last else model_layers[len(model_layers) - 1],
                 compute=lambda: self._compute_nonsense(RECORDED_ROWS),
             )
