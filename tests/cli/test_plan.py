@@ -166,11 +166,11 @@ async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_p
         async def stop(self):
             happened.append("stop")
 
-    async def fake_open(config, _listener):
+    async def fake_open(config, _listener, *, with_tokenizer):
         happened.append(config.model)
         if config.model == "bad":
             raise CheckpointError("truncated")
-        return config.model
+        return config.model if with_tokenizer else f"{config.model} without a tokenizer"
 
     async def opened(config, **wish):
         async with contextlib.AsyncExitStack() as stack:
@@ -189,6 +189,8 @@ async def test_workers_come_from_the_registry_unless_local_ones_are_wanted(tmp_p
     happened.clear()
     assert await opened(config, local_workers=2, options=["--threads", "1"]) == ("good", ["local", "local"])
     assert happened == [(2, ("--threads", "1")), "start", "good", "stop"]
+    plain = await opened(config, local_workers=0, options=(), with_tokenizer=False)
+    assert plain == ("good without a tokenizer", (entry,))
     happened.clear()
     with pytest.raises(CheckpointError):
         await opened(MasterConfig(registry=config.registry, model="bad"), local_workers=1, options=())

@@ -15,7 +15,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from shardwright.config import default_cache_dir
 from shardwright.errors import CheckpointError, UnsupportedModelError
 from shardwright.model.checkpoint import LocalTensors, open_checkpoint
-from shardwright.model.families import plan_family, read_config
+from shardwright.model.families import plan_family
+from shardwright.model.family_config import read_config
 from shardwright.model.gguf_file import gguf_config_json, read_gguf_header
 from shardwright.model.rank_plan import apply_shapes, plan_ranks
 from shardwright.model.weights import load_weights, stage_tensor_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def make_sender(tiny, tmp_path):
     async def make(tokenizer: FakeTokenizer | None) -> _StageSender:
         config = MasterConfig(model=str(tiny), cache_dir=tmp_path)
         addresses = {name: f"{name}:1" for name in ("a", "b")}
-        return _StageSender(await open_model(config, Silence()), tokenizer, addresses, tmp_path, Silence())
+        model = replace(await open_model(config, Silence()), tokenizer=tokenizer)
+        return _StageSender(model, addresses, tmp_path, Silence())
 
     return make
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from split_models import SplitModel, even_cuts
 
 from shardwright.model.checkpoint import open_weight_file
-from shardwright.model.families import read_config
+from shardwright.model.family_config import read_config
 from shardwright.runtime.ranks import RankedStage, Ranks
 from shardwright.runtime.tensor_hashes import FileIdentity
 from shardwright.runtime.weight_receiver import ReceivedTensors

@@ -60,7 +60,7 @@ async def _plan(
     async with contextlib.AsyncExitStack() as stack:
         progress = stack.enter_context(StartProgress(stderr_console()))
         model, entries = await model_and_workers(
-            stack, config, progress, local_workers=local_workers, options=worker_options
+            stack, config, progress, local_workers=local_workers, options=worker_options, with_tokenizer=False
         )
         progress.doing("asking the workers what they measured")
         from shardwright.core.placement import place

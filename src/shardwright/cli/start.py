@@ -35,6 +35,7 @@ async def model_and_workers(
     *,
     local_workers: int,
     options: Sequence[str],
+    with_tokenizer: bool = True,
 ) -> tuple[OpenModel, Sequence[WorkerEntry]]:
     """The model's files and the workers to use; `stack` takes down what was started.
 
@@ -46,7 +47,7 @@ async def model_and_workers(
         progress.doing(f"looking at {config.model}")
         from shardwright.runtime.session import open_model
 
-        return await open_model(config, progress), entries
+        return await open_model(config, progress, with_tokenizer=with_tokenizer), entries
     count = "1 worker" if local_workers == 1 else f"{local_workers} workers"
     progress.doing(f"looking at {config.model} and starting {count} on this machine")
     from shardwright.runtime.launcher import LocalWorkers
@@ -57,7 +58,7 @@ async def model_and_workers(
     local = LocalWorkers(local_workers, options=options, keep=config.recover)
     stack.push_async_callback(local.stop)
     await local.start()
-    model = await open_model(config, progress)
+    model = await open_model(config, progress, with_tokenizer=with_tokenizer)
     return model, await local.listening()
 
 

@@ -9,26 +9,20 @@ the layers, what each layer is given and what it asks of its attention is found 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
-from shardwright.errors import CheckpointError, UnsupportedModelError
+from shardwright.errors import UnsupportedModelError
 from shardwright.model.attention import ATTENTION_NAME
 from shardwright.model.construction import CONSTRUCTION
+from shardwright.model.family_config import quiet_transformers, read_config, unsupported_family
 from shardwright.model.probe import PROBE_NAME, Probed, ProbeError, probe
 from shardwright.model.skeleton import Absent, EmptyOutput, PassThrough
-from shardwright.model.supported import SPLITTABLE_FAMILIES
 from shardwright.types import LayerRange, ModelCosts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,31 +39,6 @@ class FamilyPlan:
     num_layers: int
     vocabulary: int  # rows of the embedding
     probed: Probed
-
-
-def read_config(config_json: str) -> PreTrainedConfig:
-    """The config of a family that `transformers` itself implements; code that comes with a model is never run.
-
-    Raises `CheckpointError` if this is no model config, `UnsupportedModelError` if the family is not known.
-    """
-    try:
-        fields = json.loads(config_json)
-    except json.JSONDecodeError as exc:
-        raise CheckpointError(f"the model's config is not JSON: {exc}") from exc
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise CheckpointError("the model's config names no model_type, so its family is unknown")
-    model_type = fields.pop("model_type")
-    if fields.pop("quantization_config", None):
-        raise _unsupported(model_type, "its weights are quantised in a way that only its own loader reads")
-    fields.pop("auto_map", None)  # names code that comes with the model
-    if model_type not in CONFIG_MAPPING:
-        raise _unsupported(model_type, "this version of transformers does not have it")
-    try:
-        with _quiet():
-            config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
-    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"the config of this {model_type} model is wrong: {' '.join(str(exc).split())}") from exc
-    return config
 
 
 def plan_family(config: PreTrainedConfig) -> FamilyPlan:
@@ -177,19 +146,19 @@ def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, attention:
     """The family's causal language model on the `meta` device. `config` is copied, not changed."""
     model_type = config.model_type
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise _unsupported(model_type, "it is not a causal language model")
+        raise unsupported_family(model_type, "it is not a causal language model")
     config = copy.deepcopy(config)
     config.use_cache = False
     for flag in ("output_router_logits", "output_hidden_states", "output_attentions"):
         if getattr(config, flag, False):
             setattr(config, flag, False)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except (ImportError, ArithmeticError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as exc:
-        raise _unsupported(model_type, f"its model can't be built: {exc}") from exc
+        raise unsupported_family(model_type, f"its model can't be built: {exc}") from exc
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
@@ -200,15 +169,15 @@ def _plan(config: PreTrainedConfig, model: Any) -> FamilyPlan:
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
-        raise _unsupported(model_type, "it has no token embedding or no output head")
+        raise unsupported_family(model_type, "it has no token embedding or no output head")
     layers = _find_layers(model, model_type)
     try:
         with CONSTRUCTION:
             probed = probe(model, layers)
     except ProbeError as exc:
-        raise _unsupported(model_type, str(exc)) from exc
+        raise unsupported_family(model_type, str(exc)) from exc
     if names[id(embedding)] not in probed.before or names[id(head)] not in probed.after:
-        raise _unsupported(model_type, "its embedding or its head is not where the layers begin and end")
+        raise unsupported_family(model_type, "its embedding or its head is not where the layers begin and end")
     return FamilyPlan(
         model_type=model_type,
         layers=layers,
@@ -235,7 +204,7 @@ def _find_layers(model: Any, model_type: str) -> str:
         name for name, m in lists.items() if len(m) == depth and not any(name.startswith(f"{o}.") for o in lists)
     ]
     if len(fitting) != 1:
-        raise _unsupported(model_type, "its layers are not one list")
+        raise unsupported_family(model_type, "its layers are not one list")
     return fitting[0]
 
 
@@ -257,22 +226,3 @@ def _transient(module: nn.Module, name: str) -> set[str]:
 
 def _bytes_of(model: nn.Module, names: Any) -> int:
     return sum(p.nbytes for name in names for p in model.get_submodule(name).parameters(recurse=False))
-
-
-def _unsupported(model_type: str, reason: str) -> UnsupportedModelError:
-    known = ", ".join(SPLITTABLE_FAMILIES)
-    return UnsupportedModelError(
-        f"models of the family {model_type!r} can't be cut into stages: {reason}. Use one of: {known}"
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep `transformers`' advice about configs off the terminal; one thread at a time, since it is the process's."""
-    with CONSTRUCTION:
-        level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(level)

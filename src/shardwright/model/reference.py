@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from shardwright.model.families import read_config
+from shardwright.model.family_config import read_config
 
 
 def load_reference(weights: Sequence[Path], config_json: str, dtype: torch.dtype) -> Any:

@@ -21,7 +21,8 @@ from shardwright.errors import ConfigError, FrameError
 from shardwright.model.activation import swap_activations
 from shardwright.model.attention import PORT_ATTRIBUTE, BatchCell, PagedLayer, StepBatch
 from shardwright.model.devices import check_dtype, resolve_device, to_device
-from shardwright.model.families import DTYPES, FamilyPlan, plan_family, read_config, slice_model
+from shardwright.model.families import DTYPES, FamilyPlan, plan_family, slice_model
+from shardwright.model.family_config import read_config
 from shardwright.model.grammar import GrammarCompiler
 from shardwright.model.kv_cache import LayerCache, make_layer_cache
 from shardwright.model.layer_plan import RECORDED_ROWS

@@ -73,7 +73,7 @@ def _from_hub(repo: str, progress: Progress) -> ModelFiles:
     from shardwright.runtime.hub import fetch_snapshot
 
     def check_config(config_json: str) -> None:
-        from shardwright.model.families import read_config  # torch, only once the hub has answered
+        from shardwright.model.family_config import read_config  # torch, only once the hub has answered
 
         read_config(config_json)
 
@@ -83,7 +83,7 @@ def _from_hub(repo: str, progress: Progress) -> ModelFiles:
 
 def _from_folder(name: str, folder: Path, *, hub_repo: str = "", hub_revision: str = "") -> ModelFiles:
     from shardwright.model.checkpoint import read_config_json, weight_files
-    from shardwright.model.families import read_config
+    from shardwright.model.family_config import read_config
 
     config_json = read_config_json(folder)
     config = read_config(config_json)
@@ -107,7 +107,7 @@ def _from_folder(name: str, folder: Path, *, hub_repo: str = "", hub_revision: s
 
 
 def _from_gguf(name: str, path: Path, cache_dir: Path) -> ModelFiles:
-    from shardwright.model.families import read_config
+    from shardwright.model.family_config import read_config
     from shardwright.model.gguf_file import gguf_config_json, read_gguf_header
     from shardwright.runtime.tokenizer_files import tokenizer_folder
 

@@ -105,6 +105,7 @@ class OpenModel:
     dtype: str
     plan: FamilyPlan
     costs: ModelCosts
+    tokenizer: Tokenizer | None  # None for a model that comes without one, or where it wasn't wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,17 +137,19 @@ class StageRow:
     busy_ratio: float | None  # of the time since the stage was loaded; None before a heartbeat
 
 
-async def open_model(config: MasterConfig, listener: SessionListener) -> OpenModel:
-    """Find the model's files (downloading them if need be) and read their headers.
+async def open_model(config: MasterConfig, listener: SessionListener, *, with_tokenizer: bool = True) -> OpenModel:
+    """Find the model's files (downloading them if need be) and read their headers, and the tokenizer if it is wanted.
 
     Raises a `ModelError` for whatever is wrong with the model, before anything was started.
     """
-    return await in_thread(functools.partial(_open_model, config, listener))
+    return await in_thread(functools.partial(_open_model, config, listener, with_tokenizer=with_tokenizer))
 
 
-def _open_model(config: MasterConfig, listener: SessionListener, stop: threading.Event) -> OpenModel:
-    import_for_good("shardwright.model.families")
-    from shardwright.model.families import model_costs, plan_family, read_config
+def _open_model(
+    config: MasterConfig, listener: SessionListener, stop: threading.Event, *, with_tokenizer: bool
+) -> OpenModel:
+    import_for_good("shardwright.model.family_config")
+    from shardwright.model.family_config import read_config
 
     def downloading(what: str, done_bytes: int, total_bytes: int) -> None:
         if stop.is_set():
@@ -154,12 +157,25 @@ def _open_model(config: MasterConfig, listener: SessionListener, stop: threading
         listener.downloading(what, done_bytes, total_bytes)
 
     files = resolve_model(config.model, cache_dir=config.cache_dir, progress=downloading)
+    # Reading a tokenizer takes twice what it leaves, so it is read before the model classes are in memory.
+    tokenizer = _load_tokenizer(files, config.cache_dir, stop) if with_tokenizer else None
+    import_for_good("shardwright.model.families")
+    from shardwright.model.families import model_costs, plan_family
+
     checkpoint = Checkpoint.open(files.weights)
     config_json = files.config_json
     dtype = choose_dtype(config.dtype, config_json, checkpoint.format)
     plan = plan_family(read_config(config_json))
     costs = model_costs(config_json, name=files.name, dtype=dtype, plan=plan)
-    return OpenModel(files=files, checkpoint=checkpoint, config_json=config_json, dtype=dtype, plan=plan, costs=costs)
+    return OpenModel(
+        files=files,
+        checkpoint=checkpoint,
+        config_json=config_json,
+        dtype=dtype,
+        plan=plan,
+        costs=costs,
+        tokenizer=tokenizer,
+    )
 
 
 def choose_dtype(wanted: str, config_json: str, checkpoint_format: str) -> str:
@@ -224,7 +240,7 @@ def fit_ranks(model: OpenModel, workers: Sequence[KnownWorker]) -> OpenModel:
     counts = {worker.description.num_ranks for worker in workers if worker.description.num_ranks > 1}
     if not counts:
         return model
-    from shardwright.model.families import read_config
+    from shardwright.model.family_config import read_config
     from shardwright.model.rank_plan import plan_ranks
 
     for count in sorted(counts):
@@ -274,14 +290,13 @@ class Session:
         engine: MasterEngine,
         model: OpenModel,
         workers: Sequence[KnownWorker],
-        tokenizer: Tokenizer | None,
         tracing: MasterTracing | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
         self.workers = tuple(workers)
         self.tracing = tracing  # None: no traces are made
-        self._tokenizer = tokenizer
+        self._tokenizer = model.tokenizer
         self._ready_at = int(datetime.now(tz=UTC).timestamp())
 
     @property
@@ -324,7 +339,7 @@ class Session:
     @property
     def end_ids(self) -> frozenset[TokenId]:
         """The ids that end an answer."""
-        return end_token_ids(self.model, self._tokenizer)
+        return end_token_ids(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -391,7 +406,7 @@ class Session:
         return rows
 
 
-def end_token_ids(model: OpenModel, tokenizer: Tokenizer | None) -> frozenset[TokenId]:
+def end_token_ids(model: OpenModel) -> frozenset[TokenId]:
     """The ids that end an answer: the generation config's, else the model config's, else the tokenizer's."""
     for source in (model.files.generation_config, json.loads(model.config_json)):
         ends = source.get("eos_token_id")
@@ -399,7 +414,7 @@ def end_token_ids(model: OpenModel, tokenizer: Tokenizer | None) -> frozenset[To
             return frozenset([ends])
         if ends:
             return frozenset(int(end) for end in ends)
-    return tokenizer.end_ids if tokenizer is not None else frozenset()
+    return model.tokenizer.end_ids if model.tokenizer is not None else frozenset()
 
 
 @contextlib.asynccontextmanager
@@ -448,8 +463,7 @@ async def open_session(
                     clients[worker_id] = transport.connect(address)
                     stack.push_async_callback(clients[worker_id].close)
         first_epoch = 1 + max(worker.description.last_epoch for worker in known)
-        tokenizer = await in_thread(functools.partial(_load_tokenizer, model.files, config.cache_dir))
-        sender = _StageSender(model, tokenizer, addresses, config.cache_dir, listener)
+        sender = _StageSender(model, addresses, config.cache_dir, listener)
         engine = MasterEngine(
             MasterState(core_settings(config, model.costs, first_epoch), model.costs),
             clients,
@@ -466,7 +480,7 @@ async def open_session(
             tracing.watch(engine.observatory, lambda: engine.snapshot().stages)
         await stack.enter_async_context(engine)
         await engine.deploy(capacities)
-        session = Session(engine, model, known, tokenizer, tracing)
+        session = Session(engine, model, known, tracing)
         listener.ready(session.stages)
         if write_metrics:
             files = _MetricsFiles(engine, config)
@@ -575,13 +589,11 @@ class _StageSender:
     def __init__(
         self,
         model: OpenModel,
-        tokenizer: Tokenizer | None,
         addresses: Mapping[WorkerId, str],
         cache_dir: Path,
         listener: SessionListener,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
         self._addresses = addresses
         self._cache_dir = cache_dir
         self._listener = listener
@@ -598,7 +610,8 @@ class _StageSender:
         return await send_stage(client, load, BlobsBeside(self._model.checkpoint, self._blobs), progress)
 
     def _stage_load(self, assignment: StageAssignment, stop: threading.Event) -> StageLoad:
-        from shardwright.model.families import read_config, slice_model
+        from shardwright.model.families import slice_model
+        from shardwright.model.family_config import read_config
         from shardwright.model.weights import stage_tensor_names
 
         model = self._model
@@ -625,8 +638,9 @@ class _StageSender:
 
     def _vocabulary_specs(self) -> tuple[TensorSpec, ...]:
         """The vocabulary as a tensor, if there is one. Made once: every new pipeline's last stage gets the same."""
-        if self._tokenizer is not None and VOCABULARY_TENSOR not in self._blobs:
-            self._blobs[VOCABULARY_TENSOR] = self._tokenizer.vocabulary()
+        tokenizer = self._model.tokenizer
+        if tokenizer is not None and VOCABULARY_TENSOR not in self._blobs:
+            self._blobs[VOCABULARY_TENSOR] = tokenizer.vocabulary()
         blob = self._blobs.get(VOCABULARY_TENSOR, b"")
         return (blob_spec(VOCABULARY_TENSOR, blob),) if blob else ()
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shardwright.errors import CheckpointError, UnsupportedModelError
-from shardwright.model.families import model_costs, plan_family, read_config, slice_model
+from shardwright.model.families import model_costs, plan_family, slice_model
+from shardwright.model.family_config import read_config
 from shardwright.model.supported import SPLITTABLE_FAMILIES
 from shardwright.types import LayerRange
 
