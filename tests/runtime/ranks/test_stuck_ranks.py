@@ -67,7 +67,7 @@ def strike(folder, rank):
 '''
 RANK = """#!{python}
 import faulthandler, sys
-faulthandler.dump_traceback_later(90)  # who waits for what, where a test's patience is about to end
+faulthandler.dump_traceback_later(200)  # who waits for what, where a test's patience is about to end
 sys.path.insert(0, {folder!r})
 sys.argv = sys.argv[2:]  # instead of `python -m module`
 from faults import strike
@@ -87,7 +87,7 @@ rank_process.main()
 """
 PROGRAM = """
 import faulthandler, os, pathlib, sys, threading, time
-faulthandler.dump_traceback_later(90)
+faulthandler.dump_traceback_later(200)
 folder, device, all_reduce, fault, rank = sys.argv[1:]
 sys.path.insert(0, folder)
 sys.executable = folder + "/rank"
@@ -149,7 +149,7 @@ def strike(tmp_path):
             env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True,
         ) as program:  # fmt: skip
             try:
-                out, _ = program.communicate(timeout=100)
+                out, _ = program.communicate(timeout=220)
             finally:
                 if program.poll() is None:
                     tell_threads(program.pid)
