@@ -1,4 +1,4 @@
-"""Reads a model's config, as far as that takes no model classes: they are three seconds and 100 MB more to import."""
+"""Reads a model's config, as far as that takes no model classes: they cost 1.5 s and 100 MB more to import."""
 
 from __future__ import annotations
 

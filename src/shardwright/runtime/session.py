@@ -296,28 +296,28 @@ class Session:
         self.model = model
         self.workers = tuple(workers)
         self.tracing = tracing  # None: no traces are made
-        self._tokenizer = model.tokenizer
         self._ready_at = int(datetime.now(tz=UTC).timestamp())
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None for a model that comes without one."""
-        return self._tokenizer
+        return self.model.tokenizer
 
     def encode(self, prompt: str, *, chat: bool | None) -> tuple[TokenId, ...]:
         """Token ids of a prompt; `chat` None means: through the chat template if the model has one.
 
         Raises `InvalidRequestError` for a model without a tokenizer, and for an empty prompt.
         """
-        if self._tokenizer is None:
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
             raise InvalidRequestError(f"{self.model.files.name} has no tokenizer; give token ids with --prompt-ids")
         if not prompt.strip():
             raise InvalidRequestError("the prompt is empty; write something to continue or to answer")
         if chat is None:
-            chat = self._tokenizer.has_chat_template
+            chat = tokenizer.has_chat_template
         if chat:
-            return self._tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        return self._tokenizer.encode(prompt)
+            return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return tokenizer.encode(prompt)
 
     def stop_conditions(self, *, max_new_tokens: int, ignore_eos: bool) -> StopConditions:
         """When a sequence of this model ends."""
@@ -353,7 +353,7 @@ class Session:
 
     def serve_as(self, name: str) -> SessionTextEngine:
         """The same under a name that clients know."""
-        tokenizer = self._tokenizer
+        tokenizer = self.model.tokenizer
         return SessionTextEngine(
             self.engine,
             model=ServedModel(

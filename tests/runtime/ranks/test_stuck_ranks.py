@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 FAULTS = '''
-import ctypes, os, pathlib, subprocess, sys, threading, time
+import contextlib, ctypes, os, pathlib, subprocess, sys, threading, time
 
 BURN = "import time\\nend = time.monotonic() + 5.0\\nwhile time.monotonic() < end: pass"
 
@@ -56,7 +56,8 @@ def strike(folder, rank):
         while time.process_time() < end:
             pass
     elif kind == "starved":  # of its core, which others take, until they end
-        core = {min(os.sched_getaffinity(0))}
+        cores = os.sched_getaffinity(0)
+        core = {min(cores)}
         for _ in range(3):
             os.sched_setaffinity(subprocess.Popen([sys.executable, "-c", BURN]).pid, core)
         os.sched_setaffinity(0, core)
@@ -64,10 +65,13 @@ def strike(folder, rank):
         end = time.thread_time() + 0.1
         while time.thread_time() < end:
             pass
+        os.sched_setaffinity(0, cores)  # it is starved for as long as they run, not beside whatever else does
+        with contextlib.suppress(PermissionError):  # few users may leave the idle class
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 '''
 RANK = """#!{python}
 import faulthandler, sys
-faulthandler.dump_traceback_later(200)  # who waits for what, where a test's patience is about to end
+faulthandler.dump_traceback_later(90)  # who waits for what, where a test's patience is about to end
 sys.path.insert(0, {folder!r})
 sys.argv = sys.argv[2:]  # instead of `python -m module`
 from faults import strike
@@ -87,7 +91,7 @@ rank_process.main()
 """
 PROGRAM = """
 import faulthandler, os, pathlib, sys, threading, time
-faulthandler.dump_traceback_later(200)
+faulthandler.dump_traceback_later(90)
 folder, device, all_reduce, fault, rank = sys.argv[1:]
 sys.path.insert(0, folder)
 sys.executable = folder + "/rank"
@@ -149,7 +153,7 @@ def strike(tmp_path):
             env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True,
         ) as program:  # fmt: skip
             try:
-                out, _ = program.communicate(timeout=220)
+                out, _ = program.communicate(timeout=100)
             finally:
                 if program.poll() is None:
                     tell_threads(program.pid)
