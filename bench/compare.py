@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 import torch
 
+from shardwright.cli import aio
 from shardwright.config import MasterConfig, default_cache_dir
 from shardwright.engine import TokenEvent
 from shardwright.runtime.launcher import LocalWorkers
@@ -287,7 +288,7 @@ def main() -> None:
     if arguments.model in ("smollm2", "all"):
         files = resolve_model("smollm2-135m", cache_dir=default_cache_dir(), progress=Quiet().downloading)
         results.append(
-            asyncio.run(
+            aio.run(
                 compare("SmolLM2-135M", files.weights[0], arguments.rounds or 9, arguments.new_tokens or 64, options)
             )
         )
@@ -295,7 +296,7 @@ def main() -> None:
     if arguments.model in ("gemma-2b", "all"):
         folder = make_gemma_2b(default_cache_dir() / "bench" / "gemma-2b-shape")
         results.append(
-            asyncio.run(compare("Gemma-2B's shape", folder, arguments.rounds or 3, arguments.new_tokens or 32, options))
+            aio.run(compare("Gemma-2B's shape", folder, arguments.rounds or 3, arguments.new_tokens or 32, options))
         )
         show(results[-1])
     if arguments.json is not None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
+from shardwright.cli import aio
 from shardwright.runtime.worker import WorkerShell
 from shardwright.transport.grpc import GrpcTransport
 from shardwright.types import SamplingParams, SequenceSlice, StepInput
@@ -85,4 +86,4 @@ async def measure_hop(hidden: int) -> float:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    aio.run(serve())

@@ -440,6 +440,8 @@ def main() -> None:
     if sys.argv[1:2] == ["collector"]:
         run_collector_process()
         return
+    from shardwright.cli import aio
+
     end_in_order()
     parser = argparse.ArgumentParser(description="What being watched costs a decode step.")
     parser.add_argument("--rounds", type=int, default=30)
@@ -448,7 +450,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
-    summary = asyncio.run(measure(options))
+    summary = aio.run(measure(options))
     show(summary)
     if options.json is not None:
         options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

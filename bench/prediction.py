@@ -16,7 +16,6 @@ before the master. The exit code is 1 where the median error is above 15 %. Clos
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import statistics
@@ -32,6 +31,7 @@ from gemma_shape import make_gemma_2b  # noqa: E402
 from orderly import end_in_order  # noqa: E402
 from serving import delayed_session, pinned_workers, separate_cores, session_on  # noqa: E402
 
+from shardwright.cli import aio  # noqa: E402
 from shardwright.config import MasterConfig, default_cache_dir  # noqa: E402
 from shardwright.core.prediction import Figures, Workload, predict  # noqa: E402
 from shardwright.runtime.doctor import (  # noqa: E402
@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--verbose", action="store_true", help="say what is measured at the moment")
     arguments = parser.parse_args()
-    rows = asyncio.run(run(arguments))
+    rows = aio.run(run(arguments))
     if not rows:
         parser.error(f"no setting has {' or '.join(arguments.setting)} in its name")
     print_table(rows)

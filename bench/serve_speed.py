@@ -48,6 +48,7 @@ from serving import (  # noqa: E402
     sharing_workers,
 )
 
+from shardwright.cli import aio  # noqa: E402
 from shardwright.cli.bench_report import percentile  # noqa: E402
 from shardwright.config import MasterConfig, default_cache_dir  # noqa: E402
 from shardwright.engine import TokenEvent  # noqa: E402
@@ -656,7 +657,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
-    failures = asyncio.run(run(arguments))
+    failures = aio.run(run(arguments))
     if failures:
         print("\nCould not be measured:", *failures, sep="\n  ")
         raise SystemExit(1)

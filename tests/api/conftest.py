@@ -1,10 +1,19 @@
 """What the API's tests share: a server with the fake engine, and OpenAI's own client for it."""
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import openai
 import pytest
 from api_server import running_server
+
+from shardwright.cli import aio
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """The event loop that `shardwright serve` runs on; connections are tried on Python's own too."""
+    factories = {"uvloop": aio.new_event_loop}
+    return factories | {"asyncio": asyncio.new_event_loop} if item.path.name == "test_connections.py" else factories
 
 
 @pytest.fixture

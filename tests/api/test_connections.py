@@ -246,3 +246,25 @@ async def test_it_listens_by_itself_where_the_config_says():
     async with asyncio.timeout(5):
         await serve(app, config, stop=stop, on_listening=on_listening)
     assert urls[0].startswith("http://127.0.0.1:")
+
+
+async def test_a_server_without_requests_ticks_once_a_second_and_ends_without_waiting_for_that(start, monkeypatch):
+    import uvicorn
+
+    ticks, tick = [], uvicorn.Server.on_tick
+
+    async def noting(self, counter):
+        ticks.append(time.perf_counter())
+        return await tick(self, counter)
+
+    monkeypatch.setattr(uvicorn.Server, "on_tick", noting)
+    server = await start()
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        first = (await client.get("/health")).headers["date"]
+        await asyncio.sleep(1.2)
+        assert len(ticks) == 2
+        assert (await client.get("/health")).headers["date"] != first
+    began = time.perf_counter()
+    server.stop.set()
+    await server.task
+    assert time.perf_counter() - began < 0.5

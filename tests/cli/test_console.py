@@ -1,5 +1,6 @@
 """Errors become one sentence and an exit code; nothing else about the command line's end surprises a shell."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from shardwright.cli import aio
 from shardwright.cli.console import CliState, guarded
 from shardwright.errors import ClusterError, MismatchError, PlacementError, ProtocolError, ShardwrightError
 
@@ -133,6 +135,13 @@ def start():
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def test_commands_run_on_uvloop():
+    async def kind():
+        return type(asyncio.get_running_loop()).__module__
+
+    assert aio.run(kind()) == "uvloop"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

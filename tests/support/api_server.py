@@ -9,6 +9,7 @@ from fake_text_engine import FakeTextEngine
 
 from shardwright.api.app import create_app
 from shardwright.api.server import listen, serve
+from shardwright.cli import aio
 from shardwright.config import ServeConfig
 
 
@@ -74,7 +75,7 @@ def server_in_thread(engine=None, **settings):
         finally:
             listening.set()
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread = threading.Thread(target=lambda: aio.run(run()))
     thread.start()
     try:
         assert listening.wait(10), "the server did not begin"

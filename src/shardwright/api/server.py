@@ -7,6 +7,7 @@ import contextlib
 import logging
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -81,7 +82,7 @@ async def serve(
             service.drain.cut()
             listening.cancel()
             stopping.cancel()
-            server.should_exit = True
+            server.end()
             await serving
 
 
@@ -117,10 +118,23 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._ending = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    def end(self) -> None:
+        """Take no more connections, close those that there are, and return from `serve`."""
+        self.should_exit = True
+        self._ending.set()
+
+    async def main_loop(self) -> None:
+        """Tick once a second, as the `Date` of answers needs, not ten times: an idle server should cost little."""
+        while not await self.on_tick(0):  # at 0 it writes the date
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._ending.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -137,8 +151,7 @@ def _protocol(config: ServeConfig, max_connections: int) -> type[asyncio.Protoco
         _write_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport), "TCP gives such"
-            super().connection_made(transport)
+            super().connection_made(cast("asyncio.Transport", transport))
             self._expect_head()
             if len(self.connections) > max_connections:
                 self._make_room()
@@ -158,7 +171,7 @@ def _protocol(config: ServeConfig, max_connections: int) -> type[asyncio.Protoco
             return cycle is None or cycle.response_complete
 
         def _expect_head(self) -> None:
-            self.waiting_since = self.loop.time()
+            self.waiting_since = time.monotonic()  # uvloop's own clock stands still between its turns
             self._cancel_head_timer()
             self._head_timer = self.loop.call_later(config.head_timeout_s, self._close_waiting)
 
@@ -180,7 +193,7 @@ def _protocol(config: ServeConfig, max_connections: int) -> type[asyncio.Protoco
                 self._cancel_head_timer()
 
         def on_response_complete(self) -> None:
-            self.waiting_since = self.loop.time()
+            self.waiting_since = time.monotonic()
             super().on_response_complete()
 
         def pause_writing(self) -> None:

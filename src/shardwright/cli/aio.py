@@ -33,11 +33,24 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
         return await main
 
     try:
-        return asyncio.run(cancel_on_sigterm())
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(cancel_on_sigterm())
     except asyncio.CancelledError:
         if terminated:
             sys.exit(128 + signal.SIGTERM)
         raise
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """An event loop of the kind that the commands run on: uvloop's, where there is one, which is not on Windows.
+
+    A step wakes the loops of all its workers and the master's; docs/decisions/0022 has what that is worth.
+    """
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop
+
+    return uvloop.new_event_loop()
 
 
 class _LeavingExecutor(ThreadPoolExecutor):

@@ -269,8 +269,8 @@ class _Signals:
     def __enter__(self) -> Self:
         # Python's own handlers run also while the loop is busy, so that a second Ctrl-C always works. The loop's, which
         # `aio.run` set, would still be called beside them.
-        self._loop.remove_signal_handler(signal.SIGTERM)
         with contextlib.suppress(ValueError):  # not in the main thread: a test's, say
+            self._loop.remove_signal_handler(signal.SIGTERM)
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
