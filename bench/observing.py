@@ -5,7 +5,7 @@ of some seconds; the mode changes from block to block:
 
     off     workers keep no traces and time no link, the master notes nothing and asks for no traces, no file is
             written, nobody looks
-    seen    all of that is on; a reader follows /api/events as the dashboard does and scrapes /metrics each second
+    seen    all of that is on; a reader follows /api/events as the dashboard does and scrapes /metrics every 5 s
     traced  the same, and each request's spans go to an OTLP collector
 
 One set of processes for all modes: two sets never lie in memory alike, and differ by more than what is looked for. The
@@ -39,6 +39,7 @@ MODES = ("off", "seen", "traced")
 TOKENS = 48  # of each request
 PROMPT = 24
 SETTLE_S = 0.3
+SCRAPE_INTERVAL_S = 5.0  # as `shardwright grafana export` sets Prometheus
 NEVER = 2**62  # a trace's number that no worker reaches
 
 
@@ -96,7 +97,7 @@ async def run_reader_process(url: str) -> None:
     async def scrape(client: httpx.AsyncClient) -> None:
         while True:
             (await client.get("/metrics")).raise_for_status()
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(SCRAPE_INTERVAL_S)
 
     async with httpx.AsyncClient(base_url=url, timeout=3600.0) as client:
         while command := (await asyncio.to_thread(sys.stdin.readline)).strip():

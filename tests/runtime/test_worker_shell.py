@@ -553,6 +553,20 @@ async def test_a_report_tells_what_the_stage_holds_and_where_its_weights_came_fr
     assert dict(report.loaded_bytes) == {"disk": 0, "cache": len(WEIGHT), "network": len(WEIGHT)}
 
 
+async def test_a_stage_is_asked_once_for_its_size(worker, monkeypatch):
+    asked = []
+
+    def count(_):
+        asked.append("again")
+        return 5
+
+    monkeypatch.setattr(FakeStage, "weight_bytes", property(count, lambda *_: None))
+    await worker.load()
+    assert (await worker.client.heartbeat(timeout_s=T)).weight_bytes == 5
+    assert worker.shell.report().weight_bytes == 5
+    assert len(asked) == 1, "counting walks all modules, with the interpreter that steps need"
+
+
 async def test_a_link_tells_what_went_over_it_and_how_far_its_end_is(pair, monkeypatch):
     monkeypatch.setattr(held_stage, "PING_INTERVAL_S", 0.01)
     first, second = pair

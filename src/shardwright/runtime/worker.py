@@ -223,7 +223,7 @@ class WorkerShell:
     async def describe(self) -> WorkerDescription:
         """Who this worker is and what it measured."""
         held = self._held
-        stage_bytes = held.stage.weight_bytes + held.stage.kv_bytes if held else 0
+        stage_bytes = held.done.weight_bytes + held.done.kv_bytes if held else 0
         about = await asyncio.to_thread(self._probe.describe, stage_bytes=stage_bytes)
         return replace(
             about, last_epoch=self._state.last_epoch, in_use=self._open_links > 0, metrics_port=self.metrics_port
@@ -276,8 +276,8 @@ class WorkerShell:
         read_bytes, wait_s = self._offload_counts(held)
         return replace(
             report,
-            weight_bytes=held.stage.weight_bytes if held else 0,
-            kv_bytes=held.stage.kv_bytes if held else 0,
+            weight_bytes=held.done.weight_bytes if held else 0,  # the stage would count them anew, module by module
+            kv_bytes=held.done.kv_bytes if held else 0,
             offloaded_bytes=held.stage.offloaded_bytes if held else 0,
             offload_read_bytes=read_bytes,
             offload_wait_s=wait_s,
