@@ -143,7 +143,7 @@ class FakeTextEngine:
                         await asyncio.sleep(self.delay_s)
                     else:
                         await asyncio.sleep(0)
-                    late = asyncio.get_running_loop().time() > deadline
+                    late = asyncio.get_running_loop().time() >= deadline  # uvloop has whole milliseconds
                     if late or (self.ends_with is not None and index >= self.breaks_after):
                         reason = FinishReason.DEADLINE if late else self.ends_with
                         yield ChoiceEnd(choice=choice, reason=reason, message="it ended early")
